@@ -1,0 +1,87 @@
+"""The base of every spec: a frozen, typed record that says what an artifact is made from.
+
+A spec's fields are plain values or other specs; the specs among them are its parents. Its key is a hash of the stage's
+name and version, of every field, and of the parents' keys: two notebooks that describe the same artifact share it, and
+a change of anything that alters the artifact gives it another key. This module imports neither torch nor a model.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Spec(BaseModel):
+    """A node of the graph. Subclasses are the stages' specs (see :mod:`rlhfscale.specs`).
+
+    Class attributes:
+        stage: name of the stage, part of the key and of the artifact's folder.
+        version: raised by hand whenever the stage's code changes what it produces (a test guards this).
+        runner: ``"module:function"``, called as ``function(spec, inputs, folder)`` in a worker process, where
+            ``inputs`` maps the key of each parent to its verified artifact folder and ``folder`` is an empty
+            temporary folder that becomes the artifact.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    stage: ClassVar[str]
+    version: ClassVar[int] = 1
+    runner: ClassVar[str]
+
+    @cached_property
+    def parents(self) -> tuple["Spec", ...]:
+        """The specs among the fields, also inside tuples, in field order, without repetition."""
+        found: dict[str, Spec] = {}
+        for value in (getattr(self, name) for name in type(self).model_fields):
+            for item in value if isinstance(value, tuple) else (value,):
+                if isinstance(item, Spec):
+                    found.setdefault(item.key, item)
+        return tuple(found.values())
+
+    @cached_property
+    def key(self) -> str:
+        """``stage-`` and 16 hexadecimal digits of a SHA-256 over stage, version, fields and parents' keys."""
+        text = json.dumps(self.describe(), sort_keys=True, allow_nan=False)
+        return f"{self.stage}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+    def describe(self) -> dict[str, Any]:
+        """The fields as JSON values with each parent replaced by its key; saved in the artifact's manifest."""
+        fields = {name: _plain(getattr(self, name)) for name in type(self).model_fields}
+        return {"stage": self.stage, "version": self.version, "fields": fields}
+
+    @property
+    def cost_s(self) -> float:
+        """Estimated seconds on one CPU thread, for plans and progress bars only."""
+        return 1.0
+
+    @property
+    def title(self) -> str:
+        """A short line for progress bars and error reports."""
+        return self.key
+
+    def walk(self) -> Iterator["Spec"]:
+        """Every ancestor, parents first, then the spec itself; each once."""
+        seen: set[str] = set()
+
+        def visit(spec: "Spec") -> Iterator["Spec"]:
+            if spec.key in seen:
+                return
+            seen.add(spec.key)
+            for parent in spec.parents:
+                yield from visit(parent)
+            yield spec
+
+        yield from visit(self)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Spec):
+        return value.key
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    return value
