@@ -1,0 +1,85 @@
+# make figures                         every figure, table and verdict of the laptop tier; again in seconds
+# make figures TIER=smoke FIGURE=01    one figure with the smallest settings
+# make plan | status | claims          what would run, what is in the store, the verdicts
+# make test | lint                     the test suite (SLOW=0 leaves out the slow ones), the style checks
+# make notebooks-lab                   JupyterLab with the library installed
+#
+# All of them set up .venv first; that is skipped while requirements/ and pyproject.toml stay as they are.
+
+TIER ?= laptop
+FIGURE ?=
+WORKERS ?= 2
+SLOW ?= 1
+VENV ?= .venv
+BIN := $(VENV)/bin
+NOTEBOOKS := $(wildcard notebooks/*.ipynb)
+
+# The first Python of at least 3.11 that can make an environment; `make PYTHON=/path/to/python` takes another.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3 python; do \
+	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+
+# uv installs in seconds what takes pip minutes, but does not read pip's settings: pass on where pip looks for packages.
+empty :=
+comma := ,
+as_list = $(subst $(empty) $(empty),$(comma),$(strip $(1)))
+UV_SETTINGS := $(if $(PIP_FIND_LINKS),UV_FIND_LINKS='$(call as_list,$(PIP_FIND_LINKS))') \
+	$(if $(PIP_INDEX_URL),UV_DEFAULT_INDEX='$(PIP_INDEX_URL)') $(if $(PIP_CERT),SSL_CERT_FILE='$(PIP_CERT)')
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+install = { test -x $(BIN)/uv && $(UV_SETTINGS) VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet $(1); } \
+	|| { echo "uv did not install it: using pip, which takes some minutes"; $(PIP) install --quiet $(1); }
+
+.PHONY: help setup setup-dev figures plan status claims test lint format notebooks-lab clean
+
+help:
+	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
+
+setup: $(VENV)/.laptop
+setup-dev: $(VENV)/.dev
+
+$(VENV)/.laptop: requirements/laptop.txt pyproject.toml
+	@test -n "$(PYTHON)" || { echo "error: no Python of at least 3.11 with venv found; try: make PYTHON=/path/to/python" >&2; exit 2; }
+	@echo "Setting up $(VENV) with $(PYTHON), a few minutes the first time ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test -x $(BIN)/uv || $(PIP) install --quiet uv || echo "no uv: using pip"
+	@# torch by itself and by pip: it finds the CPU build where one is offered, and spares gigabytes of CUDA libraries
+	@$(PIP) install --quiet "$$(grep '^torch==' requirements/laptop.txt)"
+	@$(call install,-r requirements/laptop.txt)
+	@$(call install,--no-deps --no-build-isolation --editable .)
+	@touch $@
+
+$(VENV)/.dev: requirements/dev.txt $(VENV)/.laptop
+	@$(call install,-r requirements/dev.txt)
+	@touch $@
+
+figures: setup
+	@$(BIN)/rlhfscale run --tier $(TIER) --workers $(WORKERS) $(addprefix --figure ,$(FIGURE))
+
+plan: setup
+	@$(BIN)/rlhfscale plan --tier $(TIER) --workers $(WORKERS) $(addprefix --figure ,$(FIGURE))
+
+status: setup
+	@$(BIN)/rlhfscale status
+
+claims: setup
+	@$(BIN)/rlhfscale claims --tier $(TIER)
+
+test: setup-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(if $(filter 0,$(SLOW)),-m "not slow") $(PYTEST_OPTIONS)
+
+lint: setup-dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(if $(NOTEBOOKS),$(BIN)/nbstripout --verify $(NOTEBOOKS))
+
+format: setup-dev
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(if $(NOTEBOOKS),$(BIN)/nbstripout $(NOTEBOOKS))
+
+notebooks-lab: setup
+	$(BIN)/jupyter lab --notebook-dir notebooks
+
+# Leaves the environment, the artifacts and the results alone: those are hours of work. Delete .venv or .store by hand.
+clean:
+	rm -rf build dist lib/*.egg-info .pytest_cache .ruff_cache results/*/*/.notebook.*
+	find lib tests -name __pycache__ -type d -prune -exec rm -rf {} +

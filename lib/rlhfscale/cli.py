@@ -1,0 +1,146 @@
+"""The command line: ``rlhfscale run | plan | status | claims``. Exit codes: 0 ok, 1 something failed, 2 bad input,
+130 interrupted. Nothing here imports torch."""
+
+import importlib
+import signal
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markdown import Markdown
+
+from rlhfscale import grid, paths, runner
+from rlhfscale.params import ParamsError
+from rlhfscale.store import Store, StoreError
+
+app = typer.Typer(
+    help="Make the figures of the study: train what is missing, keep every artifact, write tables, plots and verdicts.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+
+Tier = Annotated[str, typer.Option(help="Folder below params/: smoke, laptop, gpu or paper.")]
+Figures = Annotated[
+    list[str] | None,
+    typer.Option("--figure", help="A figure's name or number, such as 01. Repeat for several. [default: all]"),
+]
+Workers = Annotated[int, typer.Option(min=1, help="Worker processes, one thread each.")]
+StoreFolder = Annotated[
+    Path | None, typer.Option("--store", help="Artifact store. [default: $RLHFSCALE_STORE, else .store in the project]")
+]
+ResultsFolder = Annotated[
+    Path | None, typer.Option("--results", help="Results. [default: $RLHFSCALE_RESULTS, else results in the project]")
+]
+
+
+@app.command()
+def run(
+    tier: Tier = "laptop",
+    figure: Figures = None,
+    workers: Workers = 2,
+    store: StoreFolder = None,
+    results: ResultsFolder = None,
+) -> None:
+    """Make figures: compute what is missing, execute the notebooks, write results/TIER/FIGURE/.
+
+    Examples:
+
+    - `rlhfscale run` makes every figure of the laptop tier
+    - `rlhfscale run --tier smoke --figure 01` makes one figure with the smallest settings
+
+    Interrupt it at any time: running it again continues.
+    """
+    with _errors() as console:
+        root = (results or paths.results_root()).absolute()
+        figures, artifacts = _load(tier, figure, root), Store(store)
+        todo = runner.plan(figures, artifacts, workers)
+        console.print(runner.plan_table(figures, todo))
+        minutes = runner.total_s(figures, todo) / 60
+        console.print(
+            f"{len(figures)} figures: {len(todo.to_run)} artifacts to make, {len(todo.cached)} cached; "
+            f"about {minutes:.1f} minutes with {workers} workers",
+            highlight=False,
+        )
+        if not runner.run(figures, tier, artifacts, root, workers, console):
+            raise typer.Exit(1)
+
+
+@app.command()
+def plan(
+    tier: Tier = "laptop",
+    figure: Figures = None,
+    workers: Workers = 2,
+    store: StoreFolder = None,
+) -> None:
+    """Say what `run` would compute and how long it should take, and compute nothing.
+
+    Example: `rlhfscale plan --tier laptop --workers 4`
+    """
+    with _errors() as console:
+        figures = _load(tier, figure, paths.results_root())
+        todo = runner.plan(figures, Store(store), workers)
+        console.print(runner.plan_table(figures, todo))
+        console.print(todo)
+
+
+@app.command()
+def status(store: StoreFolder = None) -> None:
+    """Show the artifacts in the store by stage: how many, their size, the time spent on them."""
+    with _errors() as console:
+        artifacts = Store(store)
+        console.print(f"store {artifacts.root}", highlight=False, soft_wrap=True)
+        console.print(grid.status(artifacts))
+
+
+@app.command()
+def claims(tier: Tier = "laptop", results: ResultsFolder = None) -> None:
+    """Print a tier's verdicts, claim by claim.
+
+    Example: `rlhfscale claims --tier laptop`
+    """
+    with _errors() as console:
+        path = (results or paths.results_root()).absolute() / tier / "claims.md"
+        if not path.is_file():
+            raise ParamsError(f"{path}: no verdicts yet; make the figures first: rlhfscale run --tier {tier}")
+        text = path.read_text()
+        console.print(Markdown(text)) if console.is_terminal else typer.echo(text)
+
+
+def _load(tier: str, wanted: list[str] | None, results: Path) -> list[runner.Figure]:
+    importlib.import_module("rlhfscale.figures")  # registers the figures' parameters
+    return runner.load_figures(tier, wanted or [], results)
+
+
+@contextmanager
+def _errors() -> Iterator[Console]:
+    """A console for the command; known errors become one line on standard error and an exit code."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)  # ended by make or a scheduler: tidy up as for Ctrl-C
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    try:
+        yield Console()
+    except (ParamsError, FileNotFoundError) as error:
+        _exit(f"error: {error}", 2)
+    except StoreError as error:
+        _exit(f"error: {error}", 2)
+    except KeyboardInterrupt:
+        _exit("interrupted", 130)
+
+
+def _exit(message: str, code: int) -> None:
+    print(message, file=sys.stderr)
+    raise typer.Exit(code)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,38 @@
+"""Estimators of KL(policy || reference) from log-probabilities of sampled tokens (Schulman 2020, "Approximating KL").
+
+With ``logr = ref_logprobs - logprobs`` and ``r = exp(logr) = ref / policy``:
+
+    k1 = -logr            unbiased, can be negative
+    k2 = logr**2 / 2      biased, low variance
+    k3 = (r - 1) - logr   unbiased, never negative
+"""
+
+import torch
+
+ESTIMATORS = ("k1", "k2", "k3")
+
+
+def kl_terms(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, estimator: str = "k1") -> torch.Tensor:
+    """Per-token estimates in nats of KL(policy || reference), tokens having been drawn from the policy.
+
+    Args:
+        logprobs: float32 [batch, response], of the sampled tokens under the policy.
+        ref_logprobs: float32 [batch, response], under the reference.
+        estimator: "k1", "k2" or "k3".
+
+    Returns:
+        float32 [batch, response], to be masked by the caller.
+    """
+    logr = ref_logprobs - logprobs
+    if estimator == "k1":
+        return -logr
+    if estimator == "k2":
+        return logr.square() / 2
+    if estimator == "k3":
+        return torch.expm1(logr) - logr
+    raise ValueError(f"estimator: {estimator!r} is not one of {', '.join(ESTIMATORS)}")
+
+
+def sequence_kl(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """float32 [batch]: the k1 estimate of each sequence, summed over its response tokens (``mask`` bool)."""
+    return (kl_terms(logprobs, ref_logprobs, "k1") * mask).sum(1)

@@ -1,0 +1,224 @@
+"""The study's specs: what each stage makes, from which parents, with which settings.
+
+    Pretrain -> SFT -> Samples -> RewardModel -> Policy -> Samples (of the policy) -> Scores (of samples)
+
+Nothing here imports torch: notebooks describe thousands of runs in a moment, and a plan costs nothing.
+"""
+
+from typing import ClassVar, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from rlhfscale import ladder, tasks
+from rlhfscale.spec import Spec
+
+TOKENS_PER_DOCUMENT = 18
+"""Mean length of a demonstration of the laptop bed, prompt included; for cost estimates."""
+
+
+class Pretrain(Spec):
+    """A rung trained from scratch on demonstrations of every family, next-token loss on all tokens."""
+
+    stage: ClassVar[str] = "pretrain"
+    version: ClassVar[int] = 1
+    runner: ClassVar[str] = "rlhfscale.stages:pretrain"
+
+    rung: str
+    num_documents: int = Field(ge=1)
+    slip: float = Field(ge=0, lt=1)
+    batch_size: int = Field(ge=1)
+    lr: float = Field(gt=0)
+    muon_lr: float = Field(gt=0)
+    seed: int = Field(ge=0)
+
+    @field_validator("rung")
+    @classmethod
+    def _on_ladder(cls, name: str) -> str:
+        return ladder.rung(name).name
+
+    @property
+    def cost_s(self) -> float:
+        return 8 + ladder.rung(self.rung).seconds(train_tokens=self.num_documents * TOKENS_PER_DOCUMENT)
+
+    @property
+    def title(self) -> str:
+        return f"pretrain {self.rung}"
+
+
+class SFT(Spec):
+    """A pretrained rung fine-tuned on demonstrations, loss on the responses only."""
+
+    stage: ClassVar[str] = "sft"
+    version: ClassVar[int] = 1
+    runner: ClassVar[str] = "rlhfscale.stages:sft"
+
+    base: Pretrain
+    families: tuple[str, ...]
+    num_documents: int = Field(ge=1)
+    slip: float = Field(ge=0, lt=1)
+    batch_size: int = Field(ge=1)
+    lr: float = Field(gt=0)
+    muon_lr: float = Field(gt=0)
+    seed: int = Field(ge=0)
+
+    @property
+    def rung(self) -> str:
+        return self.base.rung
+
+    @property
+    def cost_s(self) -> float:
+        return 2 + ladder.rung(self.rung).seconds(train_tokens=self.num_documents * TOKENS_PER_DOCUMENT)
+
+    @property
+    def title(self) -> str:
+        return f"sft {self.rung}"
+
+
+class RewardModel(Spec):
+    """An outcome reward model: Bradley-Terry on the pairs within each prompt, started from an SFT model."""
+
+    stage: ClassVar[str] = "reward_model"
+    version: ClassVar[int] = 1
+    runner: ClassVar[str] = "rlhfscale.stages:reward_model"
+
+    base: SFT
+    data: tuple["Samples", ...]
+    held_out: tuple["Samples", ...]
+    num_prompts: int = Field(ge=1)
+    epochs: int = Field(ge=1)
+    prompts_per_batch: int = Field(ge=1)
+    lr: float = Field(gt=0)
+    muon_lr: float = Field(gt=0)
+    lora_rank: int = Field(ge=0)
+    seed: int = Field(ge=0)
+
+    @property
+    def rung(self) -> str:
+        return self.base.rung
+
+    @property
+    def cost_s(self) -> float:
+        sequences = self.num_prompts * self.epochs * self.data[0].num_samples
+        held_out = sum(samples.num_prompts * samples.num_samples for samples in self.held_out)
+        return 1 + ladder.rung(self.rung).seconds(
+            train_tokens=sequences * TOKENS_PER_DOCUMENT, forward_tokens=held_out * TOKENS_PER_DOCUMENT
+        )
+
+    @property
+    def title(self) -> str:
+        return f"reward model {self.rung}, {self.num_prompts} prompts, seed {self.seed}"
+
+
+class Policy(Spec):
+    """An SFT model trained against a frozen reward model."""
+
+    stage: ClassVar[str] = "policy"
+    version: ClassVar[int] = 1
+    runner: ClassVar[str] = "rlhfscale.stages:policy"
+
+    sft: SFT
+    reward_model: RewardModel
+    algorithm: Literal["ppo"]
+    num_updates: int = Field(ge=1)
+    prompts_per_update: int = Field(ge=1)
+    responses_per_prompt: int = Field(ge=1)
+    epochs: int = Field(ge=1)
+    minibatch_size: int = Field(ge=1)
+    policy_lr: float = Field(gt=0)
+    critic_lr: float = Field(gt=0)
+    kl_coefficient: float = Field(ge=0)
+    clip: float = Field(gt=0)
+    value_clip: float = Field(gt=0)
+    gamma: float = Field(gt=0, le=1)
+    lam: float = Field(ge=0, le=1)
+    temperature: float = Field(gt=0)
+    max_grad_norm: float = Field(gt=0)
+    missing_eos_penalty: float = Field(ge=0)
+    lora_rank: int = Field(ge=1)
+    lora_alpha: float = Field(gt=0)
+    seed: int = Field(ge=0)
+
+    @model_validator(mode="after")
+    def _minibatches_divide(self) -> "Policy":
+        rollouts = self.prompts_per_update * self.responses_per_prompt
+        if rollouts % self.minibatch_size:
+            raise ValueError(f"minibatch_size: {self.minibatch_size} does not divide the {rollouts} roll-outs")
+        return self
+
+    @property
+    def rung(self) -> str:
+        return self.sft.rung
+
+    @property
+    def cost_s(self) -> float:
+        tokens = self.num_updates * self.prompts_per_update * self.responses_per_prompt * TOKENS_PER_DOCUMENT
+        policy, reward = ladder.rung(self.rung), ladder.rung(self.reward_model.rung)
+        learning = policy.seconds(train_tokens=2 * self.epochs * tokens, forward_tokens=4 * tokens)
+        return 2 + 0.15 * self.num_updates + learning + reward.seconds(forward_tokens=tokens)
+
+    @property
+    def title(self) -> str:
+        return f"{self.algorithm} {self.rung}, reward model {self.reward_model.rung}, seed {self.seed}"
+
+
+class Samples(Spec):
+    """Responses of a model to a split's prompts, labelled by the verifier. With temperature 0: greedy."""
+
+    stage: ClassVar[str] = "samples"
+    version: ClassVar[int] = 1
+    runner: ClassVar[str] = "rlhfscale.stages:samples"
+
+    model: SFT | Policy
+    split: Literal["train", "eval"]
+    families: tuple[str, ...]
+    num_prompts: int = Field(ge=1)
+    num_samples: int = Field(ge=1)
+    temperature: float = Field(ge=0)
+    prompt_seed: int = Field(ge=0)
+    seed: int = Field(ge=0)
+
+    @field_validator("families")
+    @classmethod
+    def _known_families(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if name not in tasks.FAMILIES:
+                raise ValueError(f"families: {name!r} is not one of {', '.join(tasks.FAMILIES)}")
+        return names
+
+    @model_validator(mode="after")
+    def _greedy_once(self) -> "Samples":
+        if self.temperature == 0 and self.num_samples > 1:
+            raise ValueError("temperature: 0 (greedy) with num_samples > 1 would give equal samples")
+        return self
+
+    @property
+    def cost_s(self) -> float:
+        tokens = self.num_prompts * self.num_samples * TOKENS_PER_DOCUMENT
+        return 1 + ladder.rung(self.model.rung).seconds(forward_tokens=1.5 * tokens)
+
+    @property
+    def title(self) -> str:
+        return f"sample {self.model.title}, {self.num_prompts} x {self.num_samples}"
+
+
+class Scores(Spec):
+    """A reward model's scores of sampled responses."""
+
+    stage: ClassVar[str] = "scores"
+    version: ClassVar[int] = 1
+    runner: ClassVar[str] = "rlhfscale.stages:scores"
+
+    samples: Samples
+    reward_model: RewardModel
+
+    @property
+    def cost_s(self) -> float:
+        tokens = self.samples.num_prompts * self.samples.num_samples * TOKENS_PER_DOCUMENT
+        return 1 + ladder.rung(self.reward_model.rung).seconds(forward_tokens=tokens)
+
+    @property
+    def title(self) -> str:
+        return f"score by {self.reward_model.title}"
+
+
+RewardModel.model_rebuild()

@@ -1,0 +1,169 @@
+"""The stages: each makes an artifact folder from a spec and its parents' folders.
+
+Every function has the signature ``stage(spec, inputs, folder)``: ``inputs`` maps a parent's key to its folder,
+``folder`` is empty and becomes the artifact. They run in worker processes of one thread each (see `grid`).
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from safetensors.numpy import load_file, save_file
+
+from rlhfscale import ladder, lm, models, specs, tasks
+from rlhfscale.data import Responses, demonstrations, encode_prompts, label, problem_list
+from rlhfscale.rewards import outcome
+from rlhfscale.rl import PPO, PPOConfig
+from rlhfscale.samplers import hf, request_seeds
+
+STREAM = {"pretrain": 1, "sft": 2, "train": 3, "eval": 4, "policy": 5, "held_out_documents": 6, "samples": 7}
+"""Numbers of the random streams: one for each use, so that no two stages draw the same problems."""
+
+LOSS_POINTS = 8
+"""Held-out loss is measured this many times during pretraining, evenly spaced in steps."""
+
+Inputs = Mapping[str, Path]
+
+
+def pretrain(spec: specs.Pretrain, inputs: Inputs, folder: Path) -> None:
+    """model/ and loss.csv: step, tokens, flops, held-out loss of the responses in nats for each token."""
+    rung = ladder.rung(spec.rung)
+    documents = demonstrations(
+        (spec.seed, STREAM["pretrain"]), "train", tuple(tasks.FAMILIES), spec.num_documents, spec.slip
+    )
+    held_out = held_out_documents(spec.slip)
+    model = models.build_rung(rung, spec.seed)
+    points = []
+
+    def measure(step: int, num_steps: int, tokens: int) -> None:
+        if (step + 1) * LOSS_POINTS // num_steps > step * LOSS_POINTS // num_steps:
+            loss = lm.evaluate_loss(model, held_out)
+            model.train()
+            flops = rung.train_flops(tokens)
+            points.append({"step": step + 1, "tokens": tokens, "flops": flops, "loss_nats": loss})
+
+    train_losses = lm.train(
+        model,
+        documents,
+        batch_size=spec.batch_size,
+        lr=spec.lr,
+        muon_lr=spec.muon_lr,
+        seed=(spec.seed, STREAM["pretrain"], 2),
+        skip_prompt=False,
+        on_step=measure,
+    )
+    models.save_model(model, folder / "model")
+    pd.DataFrame(points).to_csv(folder / "loss.csv", index=False)
+    pd.DataFrame({"train_loss_nats": train_losses}).to_csv(folder / "train.csv", index_label="step")
+
+
+def sft(spec: specs.SFT, inputs: Inputs, folder: Path) -> None:
+    """model/ and train.csv."""
+    documents = demonstrations(
+        (spec.seed, STREAM["sft"]), "train", spec.families, spec.num_documents, spec.slip
+    )
+    model = models.load_policy(inputs[spec.base.key] / "model")
+    losses = lm.train(
+        model,
+        documents,
+        batch_size=spec.batch_size,
+        lr=spec.lr,
+        muon_lr=spec.muon_lr,
+        seed=(spec.seed, STREAM["sft"], 2),
+        skip_prompt=True,
+    )
+    models.save_model(model, folder / "model")
+    pd.DataFrame({"train_loss_nats": losses}).to_csv(folder / "train.csv", index_label="step")
+
+
+def samples(spec: specs.Samples, inputs: Inputs, folder: Path) -> None:
+    """responses.safetensors, see `Responses`."""
+    model = models.load_policy(inputs[spec.model.key] / "model")
+    problems = problem_list((spec.prompt_seed, STREAM[spec.split]), spec.split, spec.families, spec.num_prompts)
+    prompts = [prompt for prompt in encode_prompts(problems) for _ in range(spec.num_samples)]
+    completions = hf.sample(
+        model,
+        prompts,
+        seeds=request_seeds((spec.seed, STREAM["samples"], STREAM[spec.split]), len(prompts)),
+        max_new_tokens=tasks.MAX_RESPONSE_TOKENS,
+        temperature=spec.temperature,
+    )
+    label(problems, completions).save(folder / "responses.safetensors")
+
+
+def reward_model(spec: specs.RewardModel, inputs: Inputs, folder: Path) -> None:
+    """model/ with scale.json, train.csv, and held_out.safetensors: each held-out prompt's pair accuracy."""
+    share = -(-spec.num_prompts // len(spec.data))
+    data = [load_responses(inputs, source).head(share) for source in spec.data]
+    model = models.load_scorer(inputs[spec.base.key] / "model", init_seed=spec.seed)
+    model, records = outcome.train(
+        model,
+        data,
+        epochs=spec.epochs,
+        prompts_per_batch=spec.prompts_per_batch,
+        lr=spec.lr,
+        muon_lr=spec.muon_lr,
+        lora_rank=spec.lora_rank,
+        seed=(spec.seed, 0),
+    )
+    models.save_model(model, folder / "model")
+    scores = np.concatenate([score_responses(model, responses.head(256)).ravel() for responses in data])
+    scale = {"mean": float(scores.mean()), "std": float(scores.std())}
+    (folder / "model" / "scale.json").write_text(json.dumps(scale))
+    pd.DataFrame(records).to_csv(folder / "train.csv", index=False)
+    held_out = [load_responses(inputs, source) for source in spec.held_out]
+    accuracy = [outcome.pair_accuracy(score_responses(model, responses), responses.gold) for responses in held_out]
+    save_file({"pair_accuracy": np.stack(accuracy)}, folder / "held_out.safetensors")
+
+
+def policy(spec: specs.Policy, inputs: Inputs, folder: Path) -> None:
+    """model/ (adapter folded in), adapters/policy and adapters/critic as PEFT folders, metrics.csv."""
+    base = models.load_policy(inputs[spec.sft.key] / "model")
+    reward = outcome.OutcomeRewardModel.load(inputs[spec.reward_model.key] / "model")
+    names = PPOConfig.__dataclass_fields__.keys() - {"max_new_tokens"}
+    config = PPOConfig(**{name: getattr(spec, name) for name in names}, max_new_tokens=tasks.MAX_RESPONSE_TOKENS)
+    problems = tasks.problems((spec.seed, STREAM["policy"]), "train", spec.sft.families)
+    run = PPO(base, lambda ids, lengths: reward.score(ids, lengths, normalise=True), config, spec.seed)
+    records = []
+    for update in range(spec.num_updates):
+        batch = [next(problems) for _ in range(spec.prompts_per_update)]
+        record, completions = run.update(encode_prompts(batch))
+        labels = label(batch, completions)
+        gold = {"gold": float(labels.gold.mean()), "exact": float(labels.exact.mean())}
+        records.append({"update": update, **gold, **record})
+    models.save_model(run.shared.merged_policy(), folder / "model")
+    for adapter in (models.POLICY, models.CRITIC):
+        run.shared.save_adapter(adapter, folder / "adapters")
+    value_head = {name: tensor.detach().numpy() for name, tensor in run.shared.value_head.state_dict().items()}
+    save_file(value_head, folder / "adapters" / "value_head.safetensors")
+    pd.DataFrame(records).to_csv(folder / "metrics.csv", index=False)
+
+
+def scores(spec: specs.Scores, inputs: Inputs, folder: Path) -> None:
+    """scores.safetensors: float32 [prompt, sample], raw."""
+    reward = outcome.OutcomeRewardModel.load(inputs[spec.reward_model.key] / "model")
+    responses = load_responses(inputs, spec.samples)
+    save_file({"scores": score_responses(reward.model, responses)}, folder / "scores.safetensors")
+
+
+def held_out_documents(slip: float, count: int = 1024) -> lm.Documents:
+    """The demonstrations on which every rung's loss is measured."""
+    return demonstrations((0, STREAM["held_out_documents"]), "eval", tuple(tasks.FAMILIES), count, slip)
+
+
+def load_responses(inputs: Inputs, spec: specs.Samples) -> Responses:
+    return Responses.load(inputs[spec.key] / "responses.safetensors")
+
+
+def load_scores(folder: Path) -> np.ndarray:
+    """float32 [prompt, sample] of a scores artifact."""
+    return load_file(folder / "scores.safetensors")["scores"]
+
+
+def score_responses(model, responses: Responses) -> np.ndarray:
+    """float32 [prompt, sample]."""
+    ids, lengths = responses.sequences()
+    shape = lengths.shape
+    return outcome.score_sequences(model, ids.reshape(-1, ids.shape[2]), lengths.reshape(-1)).reshape(shape)

@@ -1,0 +1,79 @@
+"""A worker process of :mod:`rlhfscale.grid`: makes one artifact after another until its driver is gone.
+
+Started as ``python -m rlhfscale.worker DESCRIPTOR DRIVER_PID``, with one thread for every numerical library set in its
+environment. A plain subprocess rather than multiprocessing's spawn: it never imports the driver's ``__main__``, so it
+works the same below a Jupyter kernel, a script without a main guard and a test.
+"""
+
+import faulthandler
+import importlib
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from contextlib import suppress
+from multiprocessing.connection import Connection
+
+from rlhfscale.spec import Spec
+from rlhfscale.store import Store, StoreError
+
+
+def make(spec: Spec, store: Store) -> str:
+    """Make one artifact under its lock; ``"done"``, or ``"cached"`` where another process has made it meanwhile."""
+    with store.lock(spec.key):
+        if store.verify(spec.key):
+            return "cached"
+        module, _, name = spec.runner.partition(":")
+        run = getattr(importlib.import_module(module), name)
+        inputs = {parent.key: store.open(parent.key) for parent in spec.parents}
+        with store.create(spec) as folder:
+            run(spec, inputs, folder)
+    return "done"
+
+
+def serve(connection: Connection, store: Store) -> None:
+    """Receive a spec, make it, send ``(status, seconds, message, traceback)``; all output goes to the spec's log."""
+    while True:
+        spec = connection.recv()
+        log = open(store.root / "logs" / f"{spec.key}.log", "w")  # noqa: SIM115  (becomes standard output)
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        log.close()
+        start, message, trace = time.perf_counter(), "", ""
+        try:
+            status = make(spec, store)
+        except StoreError as error:
+            status, message, trace = "store", str(error), traceback.format_exc()
+        except Exception as error:
+            text = str(error).strip().splitlines() or [""]
+            status, message, trace = "failed", f"{type(error).__name__}: {text[0]}", traceback.format_exc()
+        with suppress(OSError):  # a full disk: the driver has the traceback all the same
+            print(trace, end="", file=sys.stderr, flush=True)
+        connection.send((status, time.perf_counter() - start, message, trace))
+
+
+def _exit_with(driver: int) -> None:
+    """End this process within a second of its driver's death, also in the middle of a long computation."""
+    while os.getppid() == driver:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def _terminate(*_: object) -> None:
+    raise SystemExit(143)  # unwinds through Store.create, which deletes the half-made artifact
+
+
+def main() -> None:
+    faulthandler.enable()
+    signal.signal(signal.SIGTERM, _terminate)
+    descriptor, driver = int(sys.argv[1]), int(sys.argv[2])
+    threading.Thread(target=_exit_with, args=(driver,), daemon=True).start()
+    connection = Connection(descriptor)
+    with suppress(EOFError, ConnectionError):  # the driver has closed its end: no more work
+        serve(connection, Store(connection.recv()))
+
+
+if __name__ == "__main__":
+    main()

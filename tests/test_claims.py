@@ -1,0 +1,120 @@
+"""Rules give each verdict on planted data, and the ledger holds what was judged."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from rlhfscale.results import ResultsFolder
+from rlhfscale.stats.bootstrap import Interval, nested_bootstrap
+from rlhfscale.stats.claims import CLAIMS, ClaimResult, Part, Rule, judge, seeds_to_settle, write_ledger
+from rlhfscale.stats.fits import slope_per_doubling
+
+
+def interval(low, high, **changes):
+    estimate = (low + high) / 2
+    about = {"method": "m", "num_seeds": 5, "num_prompts": 100, "num_draws": 10} | changes
+    return Interval(estimate, low, high, (high - low) / 5.55, **about)
+
+
+@pytest.mark.parametrize(("slope", "verdict"), [(-0.03, "reproduced"), (0.03, "contradicted"), (0, "inconclusive")])
+def test_c1_on_planted_gains(slope, verdict):
+    rng = np.random.default_rng(3)
+    sizes = np.geomspace(25e3, 1e6, 5)
+    mean = 0.1 + slope * np.log2(sizes / 25e3)
+    gains = mean[:, None, None] + 0.01 * rng.standard_normal((5, 5, 1)) + 0.2 * rng.standard_normal((5, 5, 100))
+    found = nested_bootstrap(gains, lambda m: slope_per_doubling(sizes, m), num_draws=200, rng=rng, on="means")
+    assert judge("C1", found).verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("ends", "verdict"),
+    [((0.01, 0.05), "reproduced"), ((-0.05, -0.01), "contradicted"), ((-0.01, 0.05), "inconclusive"),
+     ((0.0, 0.05), "inconclusive")],
+)  # fmt: skip
+def test_c6_is_on_the_other_side_of_zero_than_c1(ends, verdict):
+    mirrored = {"reproduced": "contradicted", "contradicted": "reproduced"}.get(verdict, verdict)
+    assert judge("C6", interval(*ends)).verdict == verdict
+    assert judge("C1", interval(*ends)).verdict == mirrored
+
+
+YES, NO, OPEN = interval(1, 2), interval(-2, -1), interval(-1, 1)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "if_all", "if_any"),
+    [
+        (YES, YES, "reproduced", "reproduced"),
+        (YES, OPEN, "inconclusive", "reproduced"),
+        (YES, NO, "contradicted", "reproduced"),
+        (OPEN, NO, "contradicted", "inconclusive"),
+        (NO, NO, "contradicted", "contradicted"),
+        (OPEN, OPEN, "inconclusive", "inconclusive"),
+    ],
+)
+def test_rules_of_two_parts(first, second, if_all, if_any):
+    parts = (Part("first", "above"), Part("second", "above"))
+    intervals = {"first": first, "second": second}
+    assert Rule(parts, "all").verdict(intervals) == if_all
+    assert Rule(parts, "any").verdict(intervals) == if_any
+    with pytest.raises(ValueError, match="second"):
+        Rule(parts).verdict({"first": first})
+
+
+def test_unknown_claims_are_refused():
+    with pytest.raises(ValueError, match=r"C99.*C1, C6"):
+        judge("C99", YES)
+
+
+def test_every_registered_claim_has_a_rule_with_an_interval():
+    for claim_id, claim in CLAIMS.items():
+        assert claim.id == claim_id
+        assert claim.statement
+        assert claim.statistic
+        assert claim.rule.parts
+
+
+def test_seeds_to_settle():
+    far, near = interval(-0.5, 3.5), interval(-1.5, 2.5)
+    assert seeds_to_settle(far) < seeds_to_settle(near)
+    needed = seeds_to_settle(near)
+    rng = np.random.default_rng(4)
+    scale = near.std_error * np.sqrt(5)
+    samples = near.estimate + scale * rng.standard_normal((4000, needed))
+    low = samples.mean(1) - stats.t.ppf(0.975, needed - 1) * stats.sem(samples, axis=1)
+    assert np.mean(low > 0) == pytest.approx(0.8, abs=0.03)
+    assert seeds_to_settle(interval(-1, 1)) is None
+    assert seeds_to_settle(interval(-1.5, 2.5, seed_share=0.0)) is None
+
+
+def test_ledger_round_trip(tmp_path):
+    figures = {"06_best_of_n": judge("C6", interval(-0.05, -0.01)), "01_policy_size": judge("C1", interval(-2, 1.0))}
+    for figure, result in figures.items():
+        ResultsFolder(figure, "smoke", tmp_path).write_claims([result])
+        stored = json.loads((tmp_path / "smoke" / figure / "claims.json").read_text())
+        assert [ClaimResult.from_json(entry) for entry in stored] == [result]
+        assert stored[0]["claim"] == result.claim_id
+        assert stored[0]["ci_low"] == next(iter(result.intervals.values())).low
+    table = pd.read_csv(tmp_path / "smoke" / "claims.csv")
+    assert list(table["claim"]) == ["C1", "C6"]
+    assert list(table["verdict"]) == ["inconclusive", "contradicted"]
+    assert list(table["figure"]) == ["01_policy_size", "06_best_of_n"]
+    assert table["ci_low"].tolist() == [-2, -0.05]
+    assert table["num_seeds"].tolist() == [5, 5]
+    assert table["seeds_to_settle"][0].startswith("about ")
+    assert pd.isna(table["seeds_to_settle"][1])
+    text = (tmp_path / "smoke" / "claims.md").read_text()
+    assert "0 reproduced, 1 contradicted, 1 inconclusive." in text
+    assert "| **contradicted** |" in text
+    assert "(06_best_of_n/)" in text
+    assert "4.4% to 1.9%" in text
+    before = (tmp_path / "smoke" / "claims.csv").read_bytes()
+    write_ledger(tmp_path / "smoke")
+    assert (tmp_path / "smoke" / "claims.csv").read_bytes() == before
+
+
+def test_an_empty_tier_has_an_empty_ledger(tmp_path):
+    assert write_ledger(tmp_path).empty
+    assert "0 reproduced" in (tmp_path / "claims.md").read_text()

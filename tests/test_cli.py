@@ -1,0 +1,192 @@
+"""The command line, in a toy project: exit codes, one-line errors, and figures made end to end by papermill."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+from typer.testing import CliRunner
+
+import toy_stages
+from rlhfscale.cli import app
+
+PARAMETERS = 'seeds = [1, 2]\nbest_of = 4\nlr = 0.1\nmood = ""'
+BODY = """
+import json
+from toy_stages import {schema}, read
+from rlhfscale import grid
+from rlhfscale.paths import results_folder
+
+P = {schema}(seeds=seeds, best_of=best_of, lr=lr, mood=mood)
+runs = grid.ensure(P.specs())
+assert set(runs.status.values()) == {{"cached"}}
+values = [read(runs[spec]) for spec in P.specs()]
+folder = results_folder(P.figure)
+(folder / "runs.csv").write_text("value\\n" + "\\n".join(map(str, values)) + "\\n")
+claim = dict(claim="T1", statement="sums grow", estimate=values[-1], ci_low=1.0, ci_high=9.0, verdict="reproduced")
+(folder / "figure.png").touch()
+(folder / "claims.json").write_text(json.dumps([claim]))
+"""
+
+
+def write_notebook(path: Path, parameters: str, body: str) -> None:
+    book = nbformat.v4.new_notebook(
+        metadata={"kernelspec": {"name": "python3", "language": "python", "display_name": "p"}}
+    )
+    book.cells = [
+        nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}, id="parameters"),
+        nbformat.v4.new_code_cell(body, id="body"),
+    ]
+    nbformat.write(book, path)
+
+
+def dead_pid() -> int:
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A project with two toy figures, current folder and library path set, toy schemas in place of the real ones."""
+    (tmp_path / "pyproject.toml").write_text('[project]\nname = "rlhfscale"\n')
+    for folder in ("params/smoke", "notebooks"):
+        (tmp_path / folder).mkdir(parents=True)
+    for name, schema in (("91_toy", "ToyParams"), ("92_other", "OtherParams")):
+        (tmp_path / "params" / "smoke" / f"{name}.yaml").write_text("seeds: [5, 6]\nlr: 0.2\n")
+        write_notebook(tmp_path / "notebooks" / f"{name}.ipynb", PARAMETERS, BODY.format(schema=schema))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    monkeypatch.setitem(sys.modules, "rlhfscale.figures", toy_stages)
+    for name in ("RLHFSCALE_STORE", "RLHFSCALE_RESULTS", "RLHFSCALE_TIER"):
+        monkeypatch.delenv(name, raising=False)
+    handler = signal.getsignal(signal.SIGTERM)
+    yield tmp_path
+    signal.signal(signal.SIGTERM, handler)
+
+
+def call(*arguments: str):
+    return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "200"})
+
+
+def test_run_makes_the_figures_and_again_from_the_cache(project):
+    stale = project / "results" / "smoke" / "91_toy" / f".notebook.{dead_pid()}.ipynb"
+    stale.parent.mkdir(parents=True)
+    stale.write_text("half-written by a run that was killed")
+    done = call("run", "--tier", "smoke")
+    assert done.exit_code == 0, done.output + done.stderr
+    for name in ("91_toy", "92_other"):
+        folder = project / "results" / "smoke" / name
+        assert (folder / "runs.csv").read_text() == "value\n9\n10\n"
+        assert not list(folder.glob(".notebook*"))
+        assert re.search(rf"landed {name} after .* min: results/smoke/{name}/figure.png", done.output)
+        text = (folder / "notebook.ipynb").read_text()
+        assert "seeds = [5, 6]" in text and str(project) not in text
+    assert "2 figures: 5 artifacts to make, 0 cached" in done.output
+    assert "T1 reproduced  sums grow: 10 [1, 9]" in done.output
+    start = time.monotonic()
+    again = call("run", "--tier", "smoke", "--figure", "91")
+    assert again.exit_code == 0 and "1 figures: 0 artifacts to make, 2 cached" in again.output
+    assert "92_other" not in again.output and time.monotonic() - start < 30
+
+
+def test_a_failed_figure_is_reported_and_the_other_one_lands(project):
+    (project / "params" / "smoke" / "91_toy.yaml").write_text("mood: raise\nseeds: [5]\n")
+    write_notebook(project / "notebooks" / "92_other.ipynb", PARAMETERS, "raise RuntimeError('no plot')")
+    (project / "params" / "smoke" / "93_third.yaml").write_text("seeds: [5]\n")
+    write_notebook(project / "notebooks" / "93_third.ipynb", PARAMETERS, BODY.format(schema="ThirdParams"))
+    done = call("run", "--tier", "smoke")
+    assert done.exit_code == 1
+    assert "ValueError: loss is NaN at step 3" in done.output and "failed 91_toy: " in done.output
+    assert re.search(r"failed 92_other: RuntimeError: no plot \(log: .*92_other.log\)", done.output)
+    assert "landed 93_third" in done.output
+    assert not (project / "results" / "smoke" / "91_toy").exists()
+    assert list((project / "results" / "smoke" / "92_other").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "change", "message"),
+    [
+        (["run", "--tier", "none"], None, "tier: unknown tier 'none'; allowed: smoke"),
+        (["run", "--figure", "07"], None, "unknown figure '07' in tier smoke; allowed: 91_toy, 92_other"),
+        (["run"], "num_promts: 3", "params/smoke/91_toy.yaml: num_promts: unknown parameter; allowed: seeds, best_of"),
+        (["plan"], "seeds: []", "params/smoke/91_toy.yaml: seeds: list must not be empty"),
+        (["run"], "best_of: 2.5", "params/smoke/91_toy.yaml: best_of: "),
+        (["run", "--store", "pyproject.toml"], None, "the folder is not writable"),
+        (["claims"], None, "no verdicts yet"),
+    ],
+)
+def test_bad_input_is_one_line_on_standard_error_and_exit_2(project, arguments, change, message):
+    if change:
+        (project / "params" / "smoke" / "91_toy.yaml").write_text(change)
+    done = call(*arguments, *(() if "--tier" in arguments else ("--tier", "smoke")))
+    assert done.exit_code == 2
+    assert message in done.stderr and done.stderr.count("\n") == 1
+    assert not (project / ".store").exists() and not (project / "results").exists()
+
+
+def test_a_notebook_that_disagrees_is_found_before_any_compute(project):
+    write_notebook(project / "notebooks" / "92_other.ipynb", PARAMETERS + "\nnum_extra = 1", "")
+    done = call("run", "--tier", "smoke")
+    assert done.exit_code == 2 and "notebooks/92_other.ipynb: num_extra: unknown parameter" in done.stderr
+    assert not (project / ".store").exists()
+
+
+def test_plan_status_claims_and_help(project):
+    done = call("plan", "--tier", "smoke")
+    assert done.exit_code == 0 and re.search(r"91_toy.*T1.*0.*3", done.output) and "core-minutes" in done.output
+    assert not (project / ".store").exists()
+    (project / "params" / "smoke" / "order.yaml").write_text("- 92_other\n- 91_toy\n")
+    done = call("plan", "--tier", "smoke")
+    assert done.output.index("92_other") < done.output.index("91_toy")
+    (project / "params" / "smoke" / "order.yaml").write_text("- 92_other\n")
+    assert call("plan", "--tier", "smoke").exit_code == 2
+    assert f"store {project}/.store" in call("status").output
+    (project / "results" / "smoke").mkdir(parents=True)
+    (project / "results" / "smoke" / "claims.md").write_text("# Claims\nall fine\n")
+    assert "all fine" in call("claims", "--tier", "smoke").output
+    for command in ("run", "plan", "status", "claims"):
+        done = call(command, "--help")
+        assert done.exit_code == 0 and "--" in done.output
+    assert call("run", "--tier").exit_code == 2 and call("bogus").exit_code == 2
+
+
+def test_interrupted_run_exits_130_and_leaves_nothing_half_made(project):
+    script = textwrap.dedent("""
+        import sys, toy_stages
+        sys.modules["rlhfscale.figures"] = toy_stages
+        from rlhfscale.cli import app
+        app()
+    """)
+    write_notebook(project / "notebooks" / "91_toy.ipynb", PARAMETERS, "import time; time.sleep(60)")
+    command = [sys.executable, "-c", script, "run", "--tier", "smoke", "--figure", "91"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    results = project / "results" / "smoke" / "91_toy"
+    deadline = time.monotonic() + 30
+    while not list(results.glob(".notebook*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 130 and errors == "interrupted\n"
+    assert list(results.iterdir()) == []
+    assert not list((project / ".store" / "tmp").glob("*"))
+
+
+def test_the_command_line_does_not_import_torch():
+    heavy = "[name for name in ('torch', 'transformers', 'pandas') if name in sys.modules]"
+    code = f"import rlhfscale.cli, sys; print(json.dumps({heavy}))"
+    done = subprocess.run(
+        [sys.executable, "-c", f"import json; {code}"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert json.loads(done.stdout) == []

@@ -1,0 +1,163 @@
+"""Figures render from the CSV files alone, within the page, with every label inside the figure."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from rlhfscale import plots
+from rlhfscale.results import ResultsFolder
+
+RUNGS = {"r1": 25_000, "r2": 60_000, "r3": 150_000, "r4": 390_000, "r5": 1_000_000}
+SEEDS = range(5)
+METHOD = "seed x prompt bootstrap, t"
+
+
+def row(quantity, estimate, half, num_seeds=5, num_prompts=512, **conditions):
+    interval = {"estimate": estimate, "ci_low": estimate - half, "ci_high": estimate + half, "ci_method": METHOD}
+    return {"quantity": quantity, **interval, "num_seeds": num_seeds, "num_prompts": num_prompts, **conditions}
+
+
+def run(metric, seed, value, **conditions):
+    about = {"figure": "x", "command": "c", "node": f"n-{seed}", "rung": "", "num_params": np.nan, "num_prompts": 512}
+    return about | {"metric": metric, "seed": seed, "value": value, **conditions}
+
+
+def policy_size_tables():
+    rng = np.random.default_rng(0)
+    runs, summary = [], []
+    for index, (rung, size) in enumerate(RUNGS.items()):
+        levels = {"sft": 0.35 + 0.07 * index, "ppo": 0.35 + 0.07 * index + 0.13 - 0.02 * index}
+        for stage, level in levels.items():
+            about = {"rung": rung, "num_params": size, "stage": stage}
+            runs += [run("sampled_exact", s, level + 0.01 * rng.standard_normal(), **about) for s in SEEDS]
+            summary.append(row("sampled_exact", level, 0.02, **about))
+        summary.append(row("gain", levels["ppo"] - levels["sft"], 0.02, rung=rung, num_params=size))
+    for size in np.geomspace(25e3, 1e6, 20):
+        summary.append(row("gain_fit", 0.13 - 0.015 * np.log2(size / 25e3), 0.015, num_params=size))
+    summary.append(row("gain_slope", -0.015, 0.004, verdict="reproduced"))
+    return pd.DataFrame(runs), pd.DataFrame(summary)
+
+
+def best_of_n_tables():
+    rng = np.random.default_rng(0)
+    sizes = 2 ** np.arange(10)
+    runs, summary = [], []
+    for index, (rung, params) in enumerate(RUNGS.items()):
+        top = 0.7 + 0.06 * index
+        for n in sizes:
+            about = {"reward_model": rung, "reward_model_params": params, "num_responses": n}
+            level = top - (top - 0.5) * n**-0.6 - 0.01 * (4 - index) * np.log2(n) / 4
+            runs += [run("best_of_n", s, level + 0.005 * rng.standard_normal(), **about) for s in SEEDS]
+            summary.append(row("best_of_n", level, 0.01, **about))
+            summary.append(row("best_of_n_gold", 2 * (level - 0.5), 0.03, **about))
+            summary.append(row("best_of_n_proxy", 0.4 * np.log2(n), 0.03, **about))
+    for n in sizes:
+        summary.append(row("pass_at_n", 1 - 0.5 * n**-0.9, 0.01, num_responses=n))
+        summary.append(row("majority_vote", 0.8 - 0.3 * n**-0.5, 0.01, num_responses=n))
+    summary.append(row("early_minus_late_gain", 0.08, 0.01, verdict="reproduced"))
+    return pd.DataFrame(runs), pd.DataFrame(summary)
+
+
+def test_bed_tables():
+    rng = np.random.default_rng(0)
+    runs, summary = [], []
+    for index, (rung, size) in enumerate(RUNGS.items()):
+        flops, size_of = 6 * size * 6e6, {"rung": rung, "num_params": size}
+        points = [("heldout_loss", 1.2 + 400 * flops**-0.22, {"train_flops": flops})]
+        for family, shift in (("lists", 0.0), ("registers", -0.15)):
+            points.append(("sampled_exact", 0.3 + 0.1 * index + shift, {"family": family}))
+            points.append(("greedy_exact", 0.5 + 0.1 * index + shift, {"family": family}))
+        for pairs in (600, 2400, 9600, 38400) if rung in ("r1", "r3", "r5") else (38400,):
+            points.append(("pairwise_accuracy", 1 - 0.4 * (size * pairs / 1.5e7) ** -0.1 / 1.15, {"num_pairs": pairs}))
+        for metric, level, conditions in points:
+            summary.append(row(metric, level, 0.02 * level, **size_of, **conditions))
+            runs += [run(metric, s, level * (1 + 0.01 * rng.standard_normal()), **size_of, **conditions) for s in SEEDS]
+    for flops in np.geomspace(6 * 25e3 * 6e6, 6 * 1e6 * 6e6, 30):
+        summary.append(row("loss_fit", 1.2 + 400 * flops**-0.22, 0.02, train_flops=flops))
+    summary += [row("loss_exponent", 0.22, 0.03), row("loss_r2", 0.991, 0.0)]
+    return pd.DataFrame(runs), pd.DataFrame(summary)
+
+
+test_bed_tables.__test__ = False  # a table, not a test: named after its figure
+
+
+def training_metrics():
+    rng = np.random.default_rng(0)
+    update = np.arange(60)
+    tables = []
+    for index, (rung, size) in enumerate(RUNGS.items()):
+        for seed in SEEDS:
+            noise = lambda scale: scale * rng.standard_normal(60)  # noqa: E731
+            rise = 1 - np.exp(-update / (10 + 5 * index))
+            columns = {"proxy": 3 * rise + noise(0.1), "gold": 0.5 + 0.2 * rise + noise(0.01)}
+            columns |= {"kl_nats": 5 * rise + noise(0.1), "response_length": 20 - 2 * rise + noise(0.2)}
+            columns |= {"eos_share": np.clip(0.97 + 0.03 * rise + noise(0.004), 0, 1)}
+            tables.append(pd.DataFrame({"rung": rung, "num_params": size, "seed": seed, "update": update, **columns}))
+    return pd.concat(tables)
+
+
+TABLES = {"policy_size": policy_size_tables, "best_of_n": best_of_n_tables, "test_bed": test_bed_tables}
+
+
+def artists_outside(figure):
+    """Texts and legends that reach beyond the figure."""
+    figure.canvas.draw()
+    page = figure.bbox
+    texts = [t for axis in figure.axes for t in (axis.title, axis.xaxis.label, axis.yaxis.label, *axis.texts)]
+    boxes = [(t, t.get_window_extent()) for t in [*texts, *figure.texts, *figure.legends] if t.get_visible()]
+    return [t for t, b in boxes if b.width and (b.x0 < -1 or b.y0 < -1 or b.x1 > page.x1 + 1 or b.y1 > page.y1 + 1)]
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_figures_render_from_the_csv_files_alone(name, tmp_path):
+    runs, summary = TABLES[name]()
+    folder = ResultsFolder(name, "smoke", tmp_path)
+    folder.write_runs(runs)
+    folder.write_summary(summary)
+    figure = getattr(plots, name)(folder.read("runs.csv"), folder.read("summary.csv"))
+    png, svg = folder.write_figure(figure)
+    assert figure.get_figwidth() == plots.WIDTH_IN
+    assert not artists_outside(figure)
+    assert png.stat().st_size > 20_000
+    assert svg.stat().st_size > 20_000
+    assert "5 seeds" in figure.texts[0].get_text()
+    assert "512 prompts" in figure.texts[0].get_text()
+
+
+def test_equal_tables_give_equal_bytes(tmp_path):
+    folder = ResultsFolder("policy_size", "smoke", tmp_path)
+    first = [p.read_bytes() for p in folder.write_figure(plots.policy_size(*policy_size_tables()))]
+    second = [p.read_bytes() for p in folder.write_figure(plots.policy_size(*policy_size_tables()))]
+    assert first == second
+
+
+def test_training_curves_draw_each_seed_and_the_mean(tmp_path):
+    figure = plots.training_curves(training_metrics())
+    ResultsFolder("curves", "smoke", tmp_path).write_figure(figure)
+    assert len(figure.axes[0].lines) == len(RUNGS) * (len(SEEDS) + 1)
+    assert not artists_outside(figure)
+
+
+def test_policy_size_shows_every_seed_and_the_paired_gain():
+    runs, summary = policy_size_tables()
+    figure = plots.policy_size(runs, summary)
+    left, right = figure.axes
+    offsets = np.concatenate([c.get_offsets() for c in left.collections if len(c.get_offsets()) == 25])
+    assert len(offsets) == 50
+    wide = runs.pivot_table(index=["num_params", "seed"], columns="stage", values="value")
+    expected = np.sort((wide["ppo"] - wide["sft"]).to_numpy())
+    drawn = next(c.get_offsets()[:, 1] for c in right.collections if len(c.get_offsets()) == 25)
+    np.testing.assert_allclose(np.sort(drawn), expected)
+    assert "reproduced" in right.texts[0].get_text()
+
+
+def test_a_missing_quantity_is_named():
+    runs, summary = policy_size_tables()
+    with pytest.raises(ValueError, match="gain_slope"):
+        plots.policy_size(runs, summary[summary["quantity"] != "gain_slope"])
+
+
+def test_size_colors_are_spaced_by_the_log_of_the_size():
+    colors = plots.size_colors({"large": 1e6, "small": 1e4, "middle": 1e5})
+    assert list(colors) == ["small", "middle", "large"]
+    assert colors == plots.size_colors({"small": 10, "middle": 100, "large": 1000})

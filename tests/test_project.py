@@ -1,0 +1,118 @@
+"""The project's own files: pins in step with each other and with what is installed, and what the Makefile would do."""
+
+import importlib.metadata
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+import rlhfscale
+
+ROOT = Path(__file__).parents[1]
+
+
+def pins(name: str) -> dict[str, str]:
+    lines = (ROOT / "requirements" / name).read_text().splitlines()
+    return dict(line.split("==") for line in lines if line and not line.startswith(("#", "-r ")))
+
+
+def test_environment_yml_has_the_pins_of_laptop_txt():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    conda, pip = environment["dependencies"][:-1], environment["dependencies"][-1]["pip"]
+    assert conda == ["python=3.11", "pip"]
+    assert pip == [f"{name}=={version}" for name, version in pins("laptop.txt").items()] + ["-e ."]
+    assert pip[0].startswith("torch==")
+    assert all("/" not in channel for channel in environment["channels"])
+
+
+def test_no_download_addresses():
+    for path in (
+        *(ROOT / "requirements").iterdir(),
+        ROOT / "environment.yml",
+        ROOT / "pyproject.toml",
+        ROOT / "Makefile",
+    ):
+        assert not re.search(r"://|--index|--find-links", path.read_text()), path
+
+
+@pytest.mark.parametrize("name", ["laptop.txt", "dev.txt"])
+def test_what_is_installed_is_what_is_pinned(name):
+    for package, version in pins(name).items():
+        assert importlib.metadata.version(package).split("+")[0] == version, package
+
+
+def test_every_dependency_is_pinned_and_its_lower_bound_holds():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pinned = pins("laptop.txt")
+    for dependency in project["dependencies"]:
+        name, lowest = dependency.split(">=")
+        as_numbers = [tuple(map(int, version.split("."))) for version in (lowest, pinned[name])]
+        assert as_numbers[0] <= as_numbers[1], dependency
+    assert set(pinned) - {"setuptools"} == {dependency.split(">=")[0] for dependency in project["dependencies"]}
+
+
+def test_version_and_citation_agree():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == rlhfscale.__version__
+    assert "Apache License" in (ROOT / "LICENSE").read_text() and citation["license"] == "Apache-2.0"
+
+
+def test_the_package_is_imported_from_lib():
+    assert Path(rlhfscale.__file__).parent == ROOT / "lib" / "rlhfscale"
+
+
+def make(*arguments: str) -> str:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "PIP_"))}
+    environment |= {"PIP_FIND_LINKS": "/a /b"}
+    command = ["make", "--no-print-directory", "-C", str(ROOT), "--dry-run", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+
+
+def test_make_figures_sets_up_then_runs_the_figures(tmp_path):
+    text = make(f"VENV={tmp_path}/venv", "figures", "TIER=smoke", "FIGURE=01 06")
+    steps = ["-m venv", "torch==", "-r requirements/laptop.txt", "--editable .", "run --tier smoke"]
+    places = [text.index(step) for step in steps]
+    assert places == sorted(places)
+    assert text.rstrip().endswith("--workers 2 --figure 01 --figure 06")
+    assert "UV_FIND_LINKS='/a,/b'" in text and "dev.txt" not in text
+    assert "-r requirements/dev.txt" in make(f"VENV={tmp_path}/venv", "test")
+
+
+def test_make_skips_the_set_up_when_nothing_changed(tmp_path):
+    for stamp in (".laptop", ".dev"):
+        (tmp_path / stamp).touch()
+    text = make(f"VENV={tmp_path}", "figures")
+    assert text.strip() == f"{tmp_path}/bin/rlhfscale run --tier laptop --workers 2"
+    os.utime(tmp_path / ".laptop", (1, 1))
+    assert "--editable ." in make(f"VENV={tmp_path}", "figures")
+
+
+def test_make_finds_a_python(tmp_path):
+    text = make(f"VENV={tmp_path}/venv", "setup")
+    python = re.search(r"\|\| (\S+) -m venv", text).group(1)
+    check = [python, "-c", "import sys; assert sys.version_info >= (3, 11)"]
+    subprocess.run(check, check=True)
+
+
+def test_ci_runs_lint_tests_and_the_smoke_figures():
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    commands = [line for line in script.read_text().splitlines() if line.startswith("make")]
+    assert commands == ["make lint", "make test", "make figures TIER=smoke"]
+    subprocess.run(["bash", "-n", script], check=True)
+
+
+def test_the_command_is_installed_and_imports():
+    done = subprocess.run(
+        [sys.executable, "-m", "rlhfscale.cli", "--help"],
+        env=os.environ | {"PYTHONPATH": str(ROOT / "lib")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert all(command in done.stdout for command in ("run", "plan", "status", "claims"))
