@@ -84,6 +84,7 @@ class Rung(BaseModel):
 RUNGS: dict[str, Rung] = {
     rung.name: rung
     for rung in (
+        Rung(name="14k", width=24, layers=2, head_width=8),
         Rung(name="25k", width=32, layers=2),
         Rung(name="55k", width=48, layers=2),
         Rung(name="150k", width=64, layers=3),

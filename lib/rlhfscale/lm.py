@@ -1,14 +1,13 @@
 """Training a language model on token sequences: the loop that pretraining and supervised fine-tuning share."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rlhfscale.ladder import PAD_ID
+from rlhfscale.data.documents import Documents, bucketed_batches
 from rlhfscale.optim import BatchedMuon
 
 
@@ -16,52 +15,23 @@ class Diverged(RuntimeError):
     """Training produced a value that is not finite; the message names the step and the metric."""
 
 
-@dataclass(frozen=True)
-class Documents:
-    """Token sequences of ragged length.
-
-    Attributes:
-        ids: int64 [document, length], padded on the right with PAD_ID.
-        lengths: int64 [document], true lengths.
-        prompt_lengths: int64 [document], how many leading tokens are the prompt; training on responses skips them.
-    """
-
-    ids: np.ndarray
-    lengths: np.ndarray
-    prompt_lengths: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-
-def bucketed_batches(lengths: np.ndarray, batch_size: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """One epoch of index batches in which documents have similar lengths, so that little padding is computed.
-
-    Documents are shuffled, sorted by length within groups of 32 batches, and the batches of a group are shuffled.
-    """
-    order = rng.permutation(len(lengths))
-    group = 32 * batch_size
-    for start in range(0, len(order), group):
-        members = order[start : start + group]
-        members = members[np.argsort(lengths[members], kind="stable")]
-        chunks = [members[i : i + batch_size] for i in range(0, len(members), batch_size)]
-        for index in rng.permutation(len(chunks)):
-            yield chunks[index]
-
-
 def response_loss(model: nn.Module, documents: Documents, index: np.ndarray, skip_prompt: bool) -> torch.Tensor:
     """Mean next-token cross-entropy in nats over the documents' tokens, or over their responses only.
 
     The output head is applied only to the positions that are scored.
     """
-    width = int(documents.lengths[index].max())
-    ids = torch.from_numpy(documents.ids[index, :width])
-    position = torch.arange(1, width)
-    first = torch.from_numpy(documents.prompt_lengths[index] if skip_prompt else np.ones(len(index), np.int64))
-    last = torch.from_numpy(documents.lengths[index])
-    scored = (position >= first[:, None]) & (position < last[:, None])
+    ids, scored = _scored_positions(documents, index, skip_prompt)
     hidden = model.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state[scored]
     return F.cross_entropy(model.lm_head(hidden), ids[:, 1:][scored])
+
+
+def _scored_positions(documents: Documents, index: np.ndarray, skip_prompt: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """int64 [document, length] without needless padding, and bool [document, length - 1]: which next tokens count."""
+    width = int(documents.lengths[index].max())
+    first = torch.from_numpy(documents.prompt_lengths[index] if skip_prompt else np.ones(len(index), np.int64))
+    position = torch.arange(1, width)
+    scored = (position >= first[:, None]) & (position < torch.from_numpy(documents.lengths[index])[:, None])
+    return torch.from_numpy(documents.ids[index, :width]), scored
 
 
 def optimizers(model: nn.Module, lr: float, muon_lr: float) -> list[torch.optim.Optimizer]:
@@ -135,22 +105,15 @@ def train(
 
 
 @torch.no_grad()
-def evaluate_loss(model: nn.Module, documents: Documents, batch_size: int = 256) -> float:
-    """Mean cross-entropy of the responses in nats for each token, over all documents."""
+def document_losses(model: nn.Module, documents: Documents, batch_size: int = 256) -> np.ndarray:
+    """Summed cross-entropy in nats of each document's response, float64 [document]."""
     model.eval()
+    losses = np.zeros(len(documents))
     order = np.argsort(documents.lengths, kind="stable")
-    total, count = 0.0, 0
     for start in range(0, len(order), batch_size):
         index = order[start : start + batch_size]
-        tokens = int((documents.lengths[index] - documents.prompt_lengths[index]).sum())
-        total += response_loss(model, documents, index, skip_prompt=True).item() * tokens
-        count += tokens
-    return total / count
-
-
-def pad(sequences: Sequence[Sequence[int]]) -> np.ndarray:
-    """Sequences as int64 [sequence, longest], padded on the right with PAD_ID."""
-    padded = np.full((len(sequences), max(map(len, sequences))), PAD_ID, dtype=np.int64)
-    for row, sequence in zip(padded, sequences, strict=True):
-        row[: len(sequence)] = sequence
-    return padded
+        ids, scored = _scored_positions(documents, index, skip_prompt=True)
+        logits = model.lm_head(model.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state)
+        nats = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+        losses[index] = (nats * scored).sum(1).double().numpy()
+    return losses

@@ -21,9 +21,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import logging
 
 from rlhfscale import tasks
 from rlhfscale.ladder import BOS_ID, SPECIAL_TOKENS, Rung
+
+logging.disable_progress_bar()  # of loading and saving weights: noise in a worker's log
 
 POLICY, CRITIC, REWARD = "policy", "critic", "reward"
 
@@ -55,9 +58,9 @@ def save_model(model: PreTrainedModel, folder: Path) -> None:
 
 
 def load_policy(folder: Path) -> PreTrainedModel:
-    """A causal language model in float32, in evaluation mode. Merges a PEFT adapter if the folder holds one."""
+    """A causal language model in float32, in evaluation mode. Raises ValueError for the folder of a PEFT adapter."""
     if (folder / "adapter_config.json").exists():
-        raise ValueError(f"{folder} holds an adapter: load its base and call `load_adapter`")
+        raise ValueError(f"{folder} holds an adapter: load its base, then peft.PeftModel.from_pretrained(base, folder)")
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
 
 

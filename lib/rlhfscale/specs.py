@@ -90,6 +90,7 @@ class RewardModel(Spec):
     lr: float = Field(gt=0)
     muon_lr: float = Field(gt=0)
     lora_rank: int = Field(ge=0)
+    readout: Literal["last", "sum"]
     seed: int = Field(ge=0)
 
     @property

@@ -4,16 +4,18 @@ Every function has the signature ``stage(spec, inputs, folder)``: ``inputs`` map
 ``folder`` is empty and becomes the artifact. They run in worker processes of one thread each (see `grid`).
 """
 
-import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from rlhfscale import ladder, lm, models, specs, tasks
-from rlhfscale.data import Responses, demonstrations, encode_prompts, label, problem_list
+from rlhfscale.data.demonstrations import demonstration_entropy, demonstrations, encode_prompts, problem_list
+from rlhfscale.data.documents import Documents
+from rlhfscale.data.responses import Responses, label
 from rlhfscale.rewards import outcome
 from rlhfscale.rl import PPO, PPOConfig
 from rlhfscale.samplers import hf, request_seeds
@@ -28,21 +30,23 @@ Inputs = Mapping[str, Path]
 
 
 def pretrain(spec: specs.Pretrain, inputs: Inputs, folder: Path) -> None:
-    """model/ and loss.csv: step, tokens, flops, held-out loss of the responses in nats for each token."""
+    """model/, loss.csv (step, tokens, flops, held-out loss of the responses in nats for each token), train.csv, and
+    held_out.safetensors: each held-out document's loss and the demonstrators' entropy in nats, and its tokens."""
     rung = ladder.rung(spec.rung)
     documents = demonstrations(
         (spec.seed, STREAM["pretrain"]), "train", tuple(tasks.FAMILIES), spec.num_documents, spec.slip
     )
     held_out = held_out_documents(spec.slip)
+    held_out_tokens = held_out.lengths - held_out.prompt_lengths
     model = models.build_rung(rung, spec.seed)
     points = []
 
     def measure(step: int, num_steps: int, tokens: int) -> None:
         if (step + 1) * LOSS_POINTS // num_steps > step * LOSS_POINTS // num_steps:
-            loss = lm.evaluate_loss(model, held_out)
+            nats = lm.document_losses(model, held_out)
             model.train()
-            flops = rung.train_flops(tokens)
-            points.append({"step": step + 1, "tokens": tokens, "flops": flops, "loss_nats": loss})
+            point = {"step": step + 1, "tokens": tokens, "flops": rung.train_flops(tokens)}
+            points.append(point | {"loss_nats": nats.sum() / held_out_tokens.sum()})
 
     train_losses = lm.train(
         model,
@@ -57,13 +61,13 @@ def pretrain(spec: specs.Pretrain, inputs: Inputs, folder: Path) -> None:
     models.save_model(model, folder / "model")
     pd.DataFrame(points).to_csv(folder / "loss.csv", index=False)
     pd.DataFrame({"train_loss_nats": train_losses}).to_csv(folder / "train.csv", index_label="step")
+    final = {"nats": lm.document_losses(model, held_out), "entropy_nats": demonstration_entropy(held_out, spec.slip)}
+    save_file(final | {"tokens": held_out_tokens}, folder / "held_out.safetensors")
 
 
 def sft(spec: specs.SFT, inputs: Inputs, folder: Path) -> None:
     """model/ and train.csv."""
-    documents = demonstrations(
-        (spec.seed, STREAM["sft"]), "train", spec.families, spec.num_documents, spec.slip
-    )
+    documents = demonstrations((spec.seed, STREAM["sft"]), "train", spec.families, spec.num_documents, spec.slip)
     model = models.load_policy(inputs[spec.base.key] / "model")
     losses = lm.train(
         model,
@@ -94,7 +98,8 @@ def samples(spec: specs.Samples, inputs: Inputs, folder: Path) -> None:
 
 
 def reward_model(spec: specs.RewardModel, inputs: Inputs, folder: Path) -> None:
-    """model/ with scale.json, train.csv, and held_out.safetensors: each held-out prompt's pair accuracy."""
+    """model/ (see `OutcomeRewardModel.save`), train.csv, and held_out.safetensors: the accuracy within each held-out
+    prompt, float64 [label rung, prompt], and the number of pairs trained on."""
     share = -(-spec.num_prompts // len(spec.data))
     data = [load_responses(inputs, source).head(share) for source in spec.data]
     model = models.load_scorer(inputs[spec.base.key] / "model", init_seed=spec.seed)
@@ -106,16 +111,17 @@ def reward_model(spec: specs.RewardModel, inputs: Inputs, folder: Path) -> None:
         lr=spec.lr,
         muon_lr=spec.muon_lr,
         lora_rank=spec.lora_rank,
+        readout=spec.readout,
         seed=(spec.seed, 0),
     )
-    models.save_model(model, folder / "model")
-    scores = np.concatenate([score_responses(model, responses.head(256)).ravel() for responses in data])
-    scale = {"mean": float(scores.mean()), "std": float(scores.std())}
-    (folder / "model" / "scale.json").write_text(json.dumps(scale))
+    reward = outcome.OutcomeRewardModel(model, spec.readout)
+    reward.calibrate(np.concatenate([reward.score_responses(responses.head(256)).ravel() for responses in data]))
+    reward.save(folder / "model")
     pd.DataFrame(records).to_csv(folder / "train.csv", index=False)
     held_out = [load_responses(inputs, source) for source in spec.held_out]
-    accuracy = [outcome.pair_accuracy(score_responses(model, responses), responses.gold) for responses in held_out]
-    save_file({"pair_accuracy": np.stack(accuracy)}, folder / "held_out.safetensors")
+    accuracy = [outcome.pair_accuracy(reward.score_responses(responses), responses.gold) for responses in held_out]
+    num_pairs = sum(outcome.num_pairs(responses.gold) for responses in data)
+    save_file({"pair_accuracy": np.stack(accuracy), "num_pairs": np.array(num_pairs)}, folder / "held_out.safetensors")
 
 
 def policy(spec: specs.Policy, inputs: Inputs, folder: Path) -> None:
@@ -125,7 +131,7 @@ def policy(spec: specs.Policy, inputs: Inputs, folder: Path) -> None:
     names = PPOConfig.__dataclass_fields__.keys() - {"max_new_tokens"}
     config = PPOConfig(**{name: getattr(spec, name) for name in names}, max_new_tokens=tasks.MAX_RESPONSE_TOKENS)
     problems = tasks.problems((spec.seed, STREAM["policy"]), "train", spec.sft.families)
-    run = PPO(base, lambda ids, lengths: reward.score(ids, lengths, normalise=True), config, spec.seed)
+    run = PPO(base, partial(reward.score, normalise=True), config, spec.seed)
     records = []
     for update in range(spec.num_updates):
         batch = [next(problems) for _ in range(spec.prompts_per_update)]
@@ -144,26 +150,14 @@ def policy(spec: specs.Policy, inputs: Inputs, folder: Path) -> None:
 def scores(spec: specs.Scores, inputs: Inputs, folder: Path) -> None:
     """scores.safetensors: float32 [prompt, sample], raw."""
     reward = outcome.OutcomeRewardModel.load(inputs[spec.reward_model.key] / "model")
-    responses = load_responses(inputs, spec.samples)
-    save_file({"scores": score_responses(reward.model, responses)}, folder / "scores.safetensors")
+    scored = reward.score_responses(load_responses(inputs, spec.samples))
+    save_file({"scores": scored}, folder / "scores.safetensors")
 
 
-def held_out_documents(slip: float, count: int = 1024) -> lm.Documents:
+def held_out_documents(slip: float, count: int = 1024) -> Documents:
     """The demonstrations on which every rung's loss is measured."""
     return demonstrations((0, STREAM["held_out_documents"]), "eval", tuple(tasks.FAMILIES), count, slip)
 
 
 def load_responses(inputs: Inputs, spec: specs.Samples) -> Responses:
     return Responses.load(inputs[spec.key] / "responses.safetensors")
-
-
-def load_scores(folder: Path) -> np.ndarray:
-    """float32 [prompt, sample] of a scores artifact."""
-    return load_file(folder / "scores.safetensors")["scores"]
-
-
-def score_responses(model, responses: Responses) -> np.ndarray:
-    """float32 [prompt, sample]."""
-    ids, lengths = responses.sequences()
-    shape = lengths.shape
-    return outcome.score_sequences(model, ids.reshape(-1, ids.shape[2]), lengths.reshape(-1)).reshape(shape)

@@ -7,7 +7,7 @@ from itertools import islice
 import numpy as np
 
 from rlhfscale import ladder, tasks
-from rlhfscale.lm import Documents, pad
+from rlhfscale.data.documents import Documents, pad
 
 
 @lru_cache(maxsize=1)
@@ -38,28 +38,41 @@ def encode_prompts(problems: Sequence[tasks.Problem]) -> list[list[int]]:
     return [[ladder.BOS_ID, *encode(problem.prompt)] for problem in problems]
 
 
-def demonstrations(
-    seed: Sequence[int], split: str, families: Sequence[str], count: int, slip: float, careful_share: float = 0.0
-) -> Documents:
+def demonstrations(seed: Sequence[int], split: str, families: Sequence[str], count: int, slip: float) -> Documents:
     """``count`` problems with a demonstrator's response each.
 
     Args:
         seed: entropy of the stream of problems and of the slips.
         split: "train" or "eval".
         families: names of task families.
-        slip: probability that a token of a careless demonstration is replaced by another symbol.
-        careful_share: share of demonstrations without slips.
+        slip: probability that a demonstrated token is replaced by another symbol of its alphabet.
     """
     rng = np.random.default_rng([*seed, 1])
     problems = problem_list([*seed, 0], split, families, count)
     prompts = encode_prompts(problems)
     documents = []
     for problem, prompt in zip(problems, prompts, strict=True):
-        rate = 0.0 if rng.random() < careful_share else slip
-        response = tasks.FAMILIES[problem.family].demonstrate(problem, rng, rate)
+        response = tasks.FAMILIES[problem.family].demonstrate(problem, rng, slip)
         documents.append([*prompt, *encode(response), ladder.EOS_ID])
     return Documents(
         ids=pad(documents),
         lengths=np.array([len(document) for document in documents]),
         prompt_lengths=np.array([len(prompt) for prompt in prompts]),
     )
+
+
+def demonstration_entropy(documents: Documents, slip: float) -> np.ndarray:
+    """Entropy in nats of each demonstrated response, float64 [document], exact and given its prompt.
+
+    A state's token is right with probability ``1 - slip`` and else any other symbol of its alphabet; separators and the
+    end are certain. No model can have a lower expected loss on these responses.
+    """
+    names = tokens()
+    state_entropy = np.zeros(len(names))
+    if slip:
+        for family in tasks.FAMILIES.values():
+            entropy = -(1 - slip) * np.log1p(-slip) - slip * np.log(slip / (len(family.alphabet) - 1))
+            state_entropy[[names.index(token) for token in family.alphabet]] = entropy
+    position = np.arange(documents.ids.shape[1])
+    response = (position >= documents.prompt_lengths[:, None]) & (position < documents.lengths[:, None])
+    return (state_entropy[documents.ids] * response).sum(1)

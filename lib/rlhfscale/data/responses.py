@@ -8,7 +8,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from rlhfscale import ladder, tasks
-from rlhfscale.data.demonstrations import encode_prompts, problem_list, tokens
+from rlhfscale.data.demonstrations import encode_prompts, tokens
 from rlhfscale.samplers.base import Completions
 
 
@@ -116,6 +116,3 @@ def label(problems: Sequence[tasks.Problem], completions: Completions) -> Respon
         family=np.array([names.index(problem.family) for problem in problems], np.int8),
         difficulty=np.array([problem.difficulty for problem in problems], np.int8),
     )
-
-
-__all__ = ["Responses", "decode", "label", "problem_list"]

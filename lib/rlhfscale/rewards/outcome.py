@@ -12,7 +12,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rlhfscale import lm, models
-from rlhfscale.data import Responses
+from rlhfscale.data.documents import bucketed_batches
+from rlhfscale.data.responses import Responses
 from rlhfscale.ladder import PAD_ID
 
 
@@ -40,58 +41,96 @@ def pair_accuracy(scores: np.ndarray, gold: np.ndarray) -> np.ndarray:
     return np.where(pairs > 0, (right * better).sum((1, 2)) / np.maximum(pairs, 1), np.nan)
 
 
+def num_pairs(gold: np.ndarray) -> int:
+    """Number of pairs with unequal gold within a prompt; gold is [prompt, sample]."""
+    return int((gold[:, :, None] > gold[:, None, :]).sum())
+
+
 class OutcomeRewardModel:
-    """A trained reward model, frozen, that scores sequences.
+    """A reward model, frozen: one scalar for a prompt and its response.
+
+    Args:
+        model: a sequence-classification model with one output.
+        readout: where the score head is read. ``last``: at the last token, which is the end-of-sequence token of a
+            finished response (Ouyang et al. 2022). ``sum``: at every response token, summed; the model is still
+            trained on whole responses only, but a wrong token can be judged where it stands.
 
     Attributes:
-        model: a sequence-classification model with one output; its score is read at the last token, which is the
-            end-of-sequence token of a finished response.
-        mean, std: of the scores over the training responses, for normalisation.
+        mean, std: of the scores over training responses, for normalisation.
     """
 
-    def __init__(self, model: PreTrainedModel, mean: float, std: float):
-        self.model = model.eval().requires_grad_(False)
-        self.mean, self.std = mean, std
+    def __init__(self, model: PreTrainedModel, readout: str):
+        self.model, self.readout = model.eval().requires_grad_(False), readout
+        self.mean, self.std = 0.0, 1.0
+
+    def calibrate(self, scores: np.ndarray) -> None:
+        """Set the mean and standard deviation that ``score(normalise=True)`` removes."""
+        self.mean, self.std = float(scores.mean()), float(scores.std())
+
+    def save(self, folder: Path) -> None:
+        """Write a plain sequence-classification folder, with ``reward.json``: readout, mean, std."""
+        models.save_model(self.model, folder)
+        about = {"readout": self.readout, "mean": self.mean, "std": self.std}
+        (folder / "reward.json").write_text(json.dumps(about))
 
     @classmethod
     def load(cls, folder: Path) -> "OutcomeRewardModel":
-        scale = json.loads((folder / "scale.json").read_text())
-        return cls(models.load_scorer(folder), scale["mean"], scale["std"])
+        about = json.loads((folder / "reward.json").read_text())
+        reward = cls(models.load_scorer(folder), about["readout"])
+        reward.mean, reward.std = about["mean"], about["std"]
+        return reward
 
-    def score(self, ids: np.ndarray, lengths: np.ndarray, *, normalise: bool = False) -> np.ndarray:
-        """Score whole sequences.
+    @torch.no_grad()
+    def score(
+        self,
+        ids: np.ndarray,
+        prompt_lengths: np.ndarray,
+        lengths: np.ndarray,
+        *,
+        normalise: bool = False,
+        batch_size: int = 512,
+    ) -> np.ndarray:
+        """Score whole sequences, in batches of similar length.
 
         Args:
             ids: int64 [sequence, length], prompt and response joined, padded on the right.
-            lengths: int64 [sequence], at least 1.
+            prompt_lengths: int64 [sequence], tokens of the prompt.
+            lengths: int64 [sequence], tokens of prompt and response; above prompt_lengths.
             normalise: shift and scale to the training responses' mean 0 and standard deviation 1.
+            batch_size: sequences scored together.
 
         Returns:
             float32 [sequence].
         """
-        scores = score_sequences(self.model, ids, lengths)
-        return (scores - self.mean) / self.std if normalise else scores
-
-
-def score_sequences(model: nn.Module, ids: np.ndarray, lengths: np.ndarray, batch_size: int = 512) -> np.ndarray:
-    """float32 [sequence]: the model's score at each sequence's last token; batches of similar length."""
-    scores = np.zeros(len(ids), np.float32)
-    order = np.argsort(lengths, kind="stable")
-    with torch.no_grad():
+        scores = np.zeros(len(ids), np.float32)
+        order = np.argsort(lengths, kind="stable")
         for start in range(0, len(order), batch_size):
             index = order[start : start + batch_size]
-            scores[index] = last_token_scores(model, ids[index], lengths[index]).numpy()
-    return scores
+            batch = sequence_scores(self.model, ids[index], prompt_lengths[index], lengths[index], self.readout)
+            scores[index] = batch.numpy()
+        return (scores - self.mean) / self.std if normalise else scores
+
+    def score_responses(self, responses: Responses) -> np.ndarray:
+        """Raw scores, float32 [prompt, sample]."""
+        ids, lengths = responses.sequences()
+        prompts = np.repeat(responses.prompt_lengths.astype(np.int64), responses.num_samples)
+        return self.score(ids.reshape(-1, ids.shape[2]), prompts, lengths.reshape(-1)).reshape(lengths.shape)
 
 
-def last_token_scores(model: nn.Module, ids: np.ndarray, lengths: np.ndarray) -> torch.Tensor:
-    """float32 [sequence], differentiable: the score head applied to the hidden state of the last token only."""
-    width = int(lengths.max())
-    batch = torch.from_numpy(ids[:, :width])
+def sequence_scores(
+    model: nn.Module, ids: np.ndarray, prompt_lengths: np.ndarray, lengths: np.ndarray, readout: str
+) -> torch.Tensor:
+    """float32 [sequence], differentiable; see `OutcomeRewardModel`. The score head runs on the read positions only."""
+    batch = torch.from_numpy(ids[:, : int(lengths.max())])
     trunk = model.get_base_model() if isinstance(model, PeftModel) else model
     hidden = trunk.model(input_ids=batch, attention_mask=(batch != PAD_ID).long(), use_cache=False).last_hidden_state
-    last = torch.from_numpy(np.asarray(lengths, np.int64)) - 1
-    return trunk.score(hidden[torch.arange(len(batch)), last]).squeeze(-1).float()
+    position = torch.arange(batch.shape[1])
+    end = torch.from_numpy(np.asarray(lengths, np.int64))[:, None]
+    start = end - 1 if readout == "last" else torch.from_numpy(np.asarray(prompt_lengths, np.int64))[:, None]
+    read = (position >= start) & (position < end)
+    scores = hidden.new_zeros(batch.shape)
+    scores[read] = trunk.score(hidden[read]).squeeze(-1)
+    return scores.sum(1).float()
 
 
 def train(
@@ -103,6 +142,7 @@ def train(
     lr: float,
     muon_lr: float,
     lora_rank: int,
+    readout: str,
     seed: Sequence[int],
 ) -> tuple[PreTrainedModel, list[dict[str, float]]]:
     """Train a scorer with the Bradley-Terry loss on all pairs within each prompt.
@@ -114,12 +154,14 @@ def train(
         prompts_per_batch: prompts in a batch, each with all its responses.
         lr: AdamW's rate; muon_lr: of the matrices, if all weights are trained.
         lora_rank: 0 trains all weights, otherwise adapters of that rank are trained and folded in at the end.
+        readout: "last" or "sum", see `OutcomeRewardModel`.
         seed: entropy of the prompts' order and of the adapters.
 
     Returns:
         the trained model without adapters, and one record of step, loss and accuracy for each step.
 
     Raises:
+        ValueError: no prompt has two responses of unequal gold.
         lm.Diverged: the loss is not finite.
     """
     rng = np.random.default_rng(seed)
@@ -128,13 +170,15 @@ def train(
     chosen = _optimizers(trained, lr, muon_lr, lora_rank)
     base_rates = [group["lr"] for optimizer in chosen for group in optimizer.param_groups]
     batches = [batch for _ in range(epochs) for batch in _batches(data, prompts_per_batch, rng)]
+    if not batches:
+        raise ValueError("data: no prompt has responses of unequal gold, so there is nothing to compare")
     records = []
-    for step, (ids, lengths, gold) in enumerate(batches):
+    for step, (ids, prompt_lengths, lengths, gold) in enumerate(batches):
         factor = lm.warmup_stable_decay(step, len(batches), warmup=20)
         groups = [group for optimizer in chosen for group in optimizer.param_groups]
         for group, rate in zip(groups, base_rates, strict=True):
             group["lr"] = factor * rate
-        scores = last_token_scores(trained, ids, lengths).view(gold.shape)
+        scores = sequence_scores(trained, ids, prompt_lengths, lengths, readout).view(gold.shape)
         loss = bradley_terry(scores, torch.from_numpy(gold))
         if not torch.isfinite(loss):
             raise lm.Diverged(f"step {step}: reward-model loss is {loss.item()}; lower the learning rate")
@@ -151,8 +195,8 @@ def train(
 
 def _batches(
     data: Sequence[Responses], prompts_per_batch: int, rng: np.random.Generator
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """One epoch of (ids, lengths, gold), prompts bucketed by length; a batch never mixes two data sets.
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+    """One epoch of (ids, prompt lengths, lengths, gold), prompts bucketed by length; a batch never mixes two data sets.
 
     Prompts whose responses all have equal gold teach nothing and are left out.
     """
@@ -161,9 +205,11 @@ def _batches(
         informative = np.flatnonzero(responses.gold.max(1) > responses.gold.min(1))
         ids, lengths = responses.sequences()
         ids, lengths, gold = ids[informative], lengths[informative], responses.gold[informative]
-        for index in lm.bucketed_batches(lengths.max(1), prompts_per_batch, rng):
+        prompt_lengths = responses.prompt_lengths[informative].astype(np.int64)
+        for index in bucketed_batches(lengths.max(1), prompts_per_batch, rng):
             flat = lengths[index].reshape(-1)
-            epoch.append((ids[index].reshape(len(flat), -1), flat, gold[index]))
+            prompts = np.repeat(prompt_lengths[index], responses.num_samples)
+            epoch.append((ids[index].reshape(len(flat), -1), prompts, flat, gold[index]))
     for position in rng.permutation(len(epoch)):
         yield epoch[position]
 

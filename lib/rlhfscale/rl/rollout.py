@@ -11,8 +11,9 @@ from rlhfscale.rl.kl import kl_terms
 from rlhfscale.samplers import hf
 from rlhfscale.samplers.base import Completions
 
-RewardFunction = Callable[[np.ndarray, np.ndarray], np.ndarray]
-"""Maps token sequences (int64 [sequence, length] padded on the right, int64 [sequence]) to float [sequence]."""
+RewardFunction = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+"""Maps ids (int64 [sequence, length], prompt and response joined, padded on the right), prompt lengths and lengths
+(both int64 [sequence]) to rewards (float [sequence])."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,7 @@ def response_columns(x: torch.Tensor, prompt_lengths: torch.Tensor, width: int) 
     return x[torch.arange(len(x))[:, None], position]
 
 
-def token_logprobs(
-    shared: models.SharedBase, batch: Rollouts, temperature: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def token_logprobs(shared: models.SharedBase, batch: Rollouts, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities and entropies of the response tokens under the active adapter.
 
     The output head is applied to response positions only.
@@ -96,9 +95,7 @@ def token_logprobs(
 
 def token_values(shared: models.SharedBase, batch: Rollouts) -> torch.Tensor:
     """The critic's values float32 [batch, response]; the critic adapter must be active."""
-    hidden = response_columns(
-        shared.hidden(batch.ids, batch.attention_mask), batch.prompt_lengths, batch.mask.shape[1]
-    )
+    hidden = response_columns(shared.hidden(batch.ids, batch.attention_mask), batch.prompt_lengths, batch.mask.shape[1])
     return shared.value_head(hidden).float() * batch.mask
 
 
@@ -139,7 +136,9 @@ def collect(
         shared.merged_policy(), prompts, seeds=seeds, max_new_tokens=max_new_tokens, temperature=temperature
     )
     batch = _join(prompts, completions)
-    scores = _checked(reward(batch.ids.numpy(), batch.attention_mask.sum(1).numpy()), len(prompts))
+    lengths = batch.attention_mask.sum(1)
+    rewards = reward(batch.ids.numpy(), batch.prompt_lengths.numpy(), lengths.numpy())
+    scores = _checked(rewards, len(prompts))
     scores = torch.from_numpy(scores) - missing_eos_penalty * (~batch.finished)
     shared.use(models.POLICY)
     logprobs, _ = token_logprobs(shared, batch, temperature)

@@ -104,8 +104,8 @@ def _check(model, lengths: np.ndarray, seeds: np.ndarray, max_new_tokens: int, t
         raise ValueError(f"prompts[{int(lengths.argmin())}] is empty; give at least the begin-of-sequence token")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: {max_new_tokens} is not at least 1")
-    if temperature < 0:
-        raise ValueError(f"temperature: {temperature} is negative; 0 is greedy")
+    if not 0 <= temperature < np.inf:
+        raise ValueError(f"temperature: {temperature} is not a finite number of at least 0; 0 is greedy")
     context = model.config.max_position_embeddings
     if lengths.max() + max_new_tokens > context:
         worst = int(lengths.argmax())

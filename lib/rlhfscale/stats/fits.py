@@ -261,6 +261,7 @@ def fit_with_intervals(
     num_draws: int = 500,
     confidence: float = 0.95,
     grid=None,
+    unit: Literal["seed", "prompt"] = "seed",
 ) -> Fit:
     """Fit the means over seeds (and prompts), then refit inside each bootstrap draw for intervals and a band.
 
@@ -269,12 +270,13 @@ def fit_with_intervals(
     Args:
         fit: one of the ``fit_*`` functions of this module.
         x: float64 [point].
-        values: float64 [point, seed, prompt] (nested bootstrap) or [point, seed] (bootstrap of seeds).
+        values: float64 [point, seed, prompt] (nested bootstrap) or [point, unit] (bootstrap of that unit).
         rng: source of the draws.
         num_draws: bootstrap draws.
         confidence: nominal coverage.
         grid: float64 [grid], where the band is evaluated; by default 50 points from min to max of x, log-spaced where
             x is positive.
+        unit: what the last axis of values [point, unit] counts.
 
     Returns:
         The fit of the means with ``intervals`` and ``band`` filled.
@@ -302,7 +304,7 @@ def fit_with_intervals(
     if values.ndim == 3:
         parts = nested_bootstrap(values, statistic, **options).split()
     else:
-        parts = bootstrap(values, statistic, unit="seed", **options).split()
+        parts = bootstrap(values, statistic, unit=unit, **options).split()
     intervals = {}
     for name, interval in zip(best.parameters, parts, strict=False):
         interval = interval.map(np.exp) if name in log_names else interval

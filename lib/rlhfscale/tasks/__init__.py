@@ -30,6 +30,8 @@ def problems(seed: Sequence[int], split: str, families: Sequence[str] = tuple(FA
     """
     if split not in ("train", "eval"):
         raise ValueError(f"split: {split!r} is not one of 'train', 'eval'")
+    if not families or not set(families) <= set(FAMILIES):
+        raise ValueError(f"families: {tuple(families)} is not a choice of one or more of {', '.join(FAMILIES)}")
     rng = np.random.default_rng(seed)
     while True:
         for name in families:

@@ -15,7 +15,6 @@ def _swap_pairs(state: State) -> State:
     return tuple(swapped)
 
 
-
 TRANSFORMATIONS = {
     "reverse": lambda s: s[::-1],
     "rotate": lambda s: s[1:] + s[:1],

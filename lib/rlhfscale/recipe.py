@@ -1,0 +1,177 @@
+"""The recipe of a tier: every setting that its figures hold fixed, in one file, ``params/<tier>/recipe.yaml``.
+
+A figure's own parameters are what it varies (rungs, seeds, sizes); all else comes from here, so that two figures that
+need the same model describe it in the same way and share it.
+"""
+
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from rlhfscale import ladder, specs, tasks
+from rlhfscale.params import ParamsError, read_yaml
+from rlhfscale.paths import project_root
+
+FAMILIES = tuple(tasks.FAMILIES)
+
+
+class Recipe(BaseModel):
+    """Fixed and nuisance settings of a tier. Rates scale with one over the rung's width where the name says so."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    pretrain_documents: int = Field(ge=64, description="demonstrations in pretraining, each seen once")
+    pretrain_slip: float = Field(ge=0, lt=1, description="probability that a demonstrated token is a slip")
+    pretrain_batch: int = Field(ge=1, description="documents in a batch")
+    pretrain_lr_width: float = Field(gt=0, description="AdamW rate of embeddings and norms, times the width")
+    pretrain_muon_lr: float = Field(gt=0, description="Muon rate of the matrices")
+    sft_documents: int = Field(ge=64, description="demonstrations in supervised fine-tuning")
+    sft_lr_width: float = Field(gt=0, description="as in pretraining")
+    sft_muon_lr: float = Field(gt=0, description="as in pretraining")
+    label_rungs: tuple[str, ...] = Field(min_length=1, description="SFT rungs whose responses are labelled")
+    label_samples: int = Field(ge=2, description="labelled responses to each prompt")
+    reward_prompts: int = Field(ge=1, description="labelled prompts of a reward model, all label rungs together")
+    reward_epochs: int = Field(ge=1, description="passes over them")
+    reward_batch: int = Field(ge=1, description="prompts in a batch")
+    reward_lr_width: float = Field(gt=0, description="AdamW rate, times the width")
+    reward_muon_lr: float = Field(gt=0, description="Muon rate of the matrices")
+    reward_lora_rank: int = Field(ge=0, description="0 trains all weights of the reward model")
+    reward_readout: Literal["last", "sum"] = Field(
+        description="where the score head is read: last token, or all summed"
+    )
+    ppo_updates: int = Field(ge=1, description="PPO updates")
+    ppo_prompts: int = Field(ge=1, description="prompts in an update")
+    ppo_responses: int = Field(ge=1, description="responses to each of them")
+    ppo_epochs: int = Field(ge=1, description="passes over an update's roll-outs")
+    ppo_minibatch: int = Field(ge=1, description="roll-outs in an optimiser step")
+    ppo_policy_lr: float = Field(gt=0, description="AdamW rate of the policy's adapter")
+    ppo_critic_lr: float = Field(gt=0, description="AdamW rate of the critic's adapter and value head")
+    ppo_kl: float = Field(ge=0, description="KL coefficient, in standard deviations of the score for a nat")
+    ppo_clip: float = Field(gt=0, description="clipping range of the ratio")
+    ppo_value_clip: float = Field(gt=0, description="clipping range of the value")
+    ppo_gamma: float = Field(gt=0, le=1, description="discount")
+    ppo_lambda: float = Field(ge=0, le=1, description="lambda of GAE")
+    ppo_max_grad_norm: float = Field(gt=0, description="gradient clipping")
+    ppo_eos_penalty: float = Field(ge=0, description="subtracted from the score of a response that never ended")
+    ppo_lora_rank: int = Field(ge=1, description="rank of the policy's and the critic's adapter")
+    ppo_lora_alpha: float = Field(gt=0, description="LoRA's scale numerator")
+    eval_prompts: int = Field(ge=2, description="held-out prompts")
+    eval_samples: int = Field(ge=1, description="sampled responses to each held-out prompt")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lists_to_tuples(cls, values: dict) -> dict:
+        return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+    @model_validator(mode="after")
+    def _rungs_on_ladder(self) -> Self:
+        for name in self.label_rungs:
+            ladder.rung(name)
+        return self
+
+    @classmethod
+    def load(cls, name: str) -> "Recipe":
+        """The recipe of a tier. Raises ParamsError, one line that names file and field."""
+        file = f"params/{name}/recipe.yaml"
+        try:
+            return cls(**read_yaml(project_root() / file))
+        except ValidationError as error:
+            problem = error.errors()[0]
+            where = ".".join(map(str, problem["loc"]))
+            raise ParamsError(f"{file}: {where}: {problem['msg']}, not {problem['input']!r}") from None
+
+    def pretrain(self, rung: str) -> specs.Pretrain:
+        return specs.Pretrain(
+            rung=rung,
+            num_documents=self.pretrain_documents,
+            slip=self.pretrain_slip,
+            batch_size=self.pretrain_batch,
+            lr=self.pretrain_lr_width / ladder.rung(rung).width,
+            muon_lr=self.pretrain_muon_lr,
+            seed=0,
+        )
+
+    def sft(self, rung: str) -> specs.SFT:
+        return specs.SFT(
+            base=self.pretrain(rung),
+            families=FAMILIES,
+            num_documents=self.sft_documents,
+            slip=self.pretrain_slip,
+            batch_size=self.pretrain_batch,
+            lr=self.sft_lr_width / ladder.rung(rung).width,
+            muon_lr=self.sft_muon_lr,
+            seed=0,
+        )
+
+    def reward_model(self, rung: str, seed: int, num_prompts: int | None = None) -> specs.RewardModel:
+        """A reward model of a rung; each seed has labelled prompts and responses of its own."""
+        share = -(-self.reward_prompts // len(self.label_rungs))
+        return specs.RewardModel(
+            base=self.sft(rung),
+            data=tuple(self._labels(name, "train", share, seed) for name in self.label_rungs),
+            held_out=tuple(self._labels(name, "eval", self.eval_prompts, 0) for name in self.label_rungs),
+            num_prompts=num_prompts or self.reward_prompts,
+            epochs=self.reward_epochs,
+            prompts_per_batch=self.reward_batch,
+            lr=self.reward_lr_width / ladder.rung(rung).width,
+            muon_lr=self.reward_muon_lr,
+            lora_rank=self.reward_lora_rank,
+            readout=self.reward_readout,
+            seed=seed,
+        )
+
+    def _labels(self, rung: str, split: str, num_prompts: int, seed: int) -> specs.Samples:
+        return specs.Samples(
+            model=self.sft(rung),
+            split=split,
+            families=FAMILIES,
+            num_prompts=num_prompts,
+            num_samples=self.label_samples,
+            temperature=1.0,
+            prompt_seed=seed,
+            seed=seed,
+        )
+
+    def policy(self, rung: str, reward_rung: str, seed: int) -> specs.Policy:
+        """A policy of a rung trained by PPO against the reward model of the same seed."""
+        return specs.Policy(
+            sft=self.sft(rung),
+            reward_model=self.reward_model(reward_rung, seed),
+            algorithm="ppo",
+            num_updates=self.ppo_updates,
+            prompts_per_update=self.ppo_prompts,
+            responses_per_prompt=self.ppo_responses,
+            epochs=self.ppo_epochs,
+            minibatch_size=self.ppo_minibatch,
+            policy_lr=self.ppo_policy_lr,
+            critic_lr=self.ppo_critic_lr,
+            kl_coefficient=self.ppo_kl,
+            clip=self.ppo_clip,
+            value_clip=self.ppo_value_clip,
+            gamma=self.ppo_gamma,
+            lam=self.ppo_lambda,
+            temperature=1.0,
+            max_grad_norm=self.ppo_max_grad_norm,
+            missing_eos_penalty=self.ppo_eos_penalty,
+            lora_rank=self.ppo_lora_rank,
+            lora_alpha=self.ppo_lora_alpha,
+            seed=seed,
+        )
+
+    def evaluation(self, model: specs.SFT | specs.Policy, seed: int, *, greedy: bool = False) -> specs.Samples:
+        """Responses to the held-out prompts, which are the same for every model and seed."""
+        return specs.Samples(
+            model=model,
+            split="eval",
+            families=FAMILIES,
+            num_prompts=self.eval_prompts,
+            num_samples=1 if greedy else self.eval_samples,
+            temperature=0.0 if greedy else 1.0,
+            prompt_seed=0,
+            seed=0 if greedy else seed,
+        )
+
+    def many_samples(self, rung: str, num_prompts: int, num_samples: int) -> specs.Samples:
+        """Many responses of an SFT rung to each held-out prompt, for best-of-N."""
+        samples = self.evaluation(self.sft(rung), 0)
+        return samples.model_copy(update={"num_prompts": num_prompts, "num_samples": num_samples})

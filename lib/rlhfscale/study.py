@@ -1,0 +1,417 @@
+"""From artifacts to tidy tables: one function for each figure. Nothing here imports torch.
+
+Each takes the figure's parameters and the artifact folders by spec, and returns `Tables`. Accuracies are means over a
+prompt's samples first; intervals then resample seeds and prompts (see `stats.bootstrap`).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from safetensors.numpy import load_file
+
+from rlhfscale import ladder, tasks
+from rlhfscale.data.responses import Responses
+from rlhfscale.evals import best_of_n as bon
+from rlhfscale.figures import BestOfN, PolicySize, StudyFigure, TestBed
+from rlhfscale.params import FigureParams
+from rlhfscale.paths import current_tier
+from rlhfscale.results import ResultsFolder, summary_row
+from rlhfscale.spec import Spec
+from rlhfscale.stats import claims
+from rlhfscale.stats.bootstrap import Interval, bootstrap, nested_bootstrap
+from rlhfscale.stats.fits import fit_power_law, fit_slope, fit_with_intervals, slope_per_doubling
+
+Folders = Mapping[Spec, Path]
+BOOTSTRAP_SEED = 20241209
+"""Seed of every bootstrap: the same tables come out of the same artifacts."""
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What a figure is drawn from.
+
+    Attributes:
+        runs: one row for each run, seed and metric (columns: see `results.RUNS_COLUMNS`).
+        summary: one row for each estimate with its interval (`results.SUMMARY_COLUMNS`).
+        per_prompt: the values behind the intervals (`results.PER_PROMPT_COLUMNS`).
+        claims: verdicts.
+        extra: further tables by file name.
+    """
+
+    runs: pd.DataFrame
+    summary: pd.DataFrame
+    per_prompt: pd.DataFrame
+    claims: tuple[claims.ClaimResult, ...] = ()
+    extra: dict[str, pd.DataFrame] = field(default_factory=dict)
+
+
+def save(P: StudyFigure, tables: Tables, figure: Any, folders: Folders, wall_s: float) -> Path:
+    """Write everything of a figure to results/<tier>/<figure>/ and return that folder."""
+    folder = ResultsFolder(P.figure)
+    folder.write_runs(tables.runs)
+    folder.write_summary(tables.summary)
+    folder.write_per_prompt(tables.per_prompt)
+    for name, table in tables.extra.items():
+        table.to_csv(folder.path / name, index=False, float_format="%.6g", lineterminator="\n")
+    folder.write_figure(figure)
+    if tables.claims:
+        folder.write_claims(tables.claims)
+    ancestors = {spec.key: spec for root in P.specs() for spec in root.walk()}
+    store = Path(folders[P.specs()[0]]).parent.parent
+    folder.write_manifest(
+        P.resolved(),
+        {key: store / spec.stage / key for key, spec in ancestors.items()},
+        command=command(P),
+        seeds=P.seeds,
+        wall_s=wall_s,
+    )
+    return folder.path
+
+
+def command(P: FigureParams) -> str:
+    """The command that makes a figure of the current tier."""
+    return f"make figures TIER={current_tier()} FIGURE={P.figure}"
+
+
+def policy_size(P: PolicySize, folders: Folders) -> Tables:
+    """C1: accuracy before and after PPO by policy rung and seed, gains, and their slope per doubling of parameters."""
+    rows, prompts, cells = _Runs(P), [], {}
+    for stage in ("sft", "ppo"):
+        for rung in P.policy_rungs:
+            for seed in P.seeds:
+                sampled_spec, greedy_spec = P.evaluations(stage, rung, seed)
+                sampled, greedy = (_responses(folders, spec) for spec in (sampled_spec, greedy_spec))
+                cells[stage, rung, seed] = sampled.exact.mean(1)
+                about = {"rung": rung, "stage": stage, "seed": seed, "num_prompts": sampled.num_prompts}
+                metrics = {
+                    "sampled_exact": sampled.exact.mean(),
+                    "sampled_gold": sampled.gold.mean(),
+                    "greedy_exact": greedy.exact.mean(),
+                    "finished": sampled.finished.mean(),
+                    "response_tokens": sampled.response_lengths.mean(),
+                }
+                if stage == "ppo":
+                    last = pd.read_csv(_metrics_file(folders, sampled_spec)).tail(5).mean()
+                    metrics |= {"kl_nats": last["kl_nats"], "proxy": last["proxy"]}
+                rows.add(sampled_spec, metrics, **about)
+                prompts.append(_per_prompt(sampled_spec, seed, "sampled_exact", cells[stage, rung, seed], stage=stage))
+    accuracy = {
+        stage: np.array([[cells[stage, rung, seed] for seed in P.seeds] for rung in P.policy_rungs])
+        for stage in ("sft", "ppo")
+    }
+    sizes = np.array([ladder.rung(rung).num_params for rung in P.policy_rungs])
+    summary = []
+    for stage, values in accuracy.items():
+        summary += _by_rung("sampled_exact", P.policy_rungs, _means(values), stage=stage)
+    gain = accuracy["ppo"] - accuracy["sft"]
+    summary += _by_rung("gain", P.policy_rungs, _means(gain))
+    both = (accuracy["sft"], accuracy["ppo"])
+    headroom = nested_bootstrap(both, lambda m: (m[1] - m[0]) / (1 - m[0]), rng=_rng(), on="means")
+    summary += _by_rung("gain_per_headroom", P.policy_rungs, headroom)
+    slope = nested_bootstrap(gain, lambda means: slope_per_doubling(sizes, means), rng=_rng(), on="means")
+    result = claims.judge("C1", slope)
+    summary.append(summary_row("gain_slope", slope) | {"verdict": result.verdict})
+    summary += _band_rows("gain_fit", "num_params", fit_with_intervals(fit_slope, sizes, gain, rng=_rng()), slope)
+    return Tables(rows.table(), pd.DataFrame(summary), pd.concat(prompts), (result,))
+
+
+def best_of_n(P: BestOfN, folders: Folders) -> Tables:
+    """C6: best-of-N by reward-model rung and seed, votes, pass@N, and how the gain for each doubling changes."""
+    sizes, responses = list(P.best_of), _responses(folders, P.samples)
+    rows, prompts = _Runs(P), []
+    proxy = np.array(
+        [[_scores(folders, P.scores(rung, seed)) for seed in P.seeds] for rung in P.reward_model_rungs]
+    )  # [reward model, seed, prompt, sample]
+    curves = {
+        "best_of_n": bon.best_of_n(np.broadcast_to(responses.exact, proxy.shape), proxy, sizes),
+        "best_of_n_gold": _standardised_gold(responses.gold, proxy, sizes),
+        "best_of_n_proxy": _standardised_proxy(proxy, sizes),
+    }  # each [reward model, seed, prompt, size]
+    for r, rung in enumerate(P.reward_model_rungs):
+        for s, seed in enumerate(P.seeds):
+            spec = P.scores(rung, seed)
+            for n, size in enumerate(sizes):
+                metrics = {name: curve[r, s, :, n].mean() for name, curve in curves.items()}
+                about = {"seed": seed, "num_prompts": responses.num_prompts, "num_responses": size}
+                rows.add(spec, metrics, rung=P.policy_rung, reward_model=rung, **about)
+                if size in P.claim_sizes:
+                    value = curves["best_of_n"][r, s, :, n]
+                    prompts.append(_per_prompt(spec, seed, "best_of_n", value, num_responses=size))
+    summary = []
+    for name, curve in curves.items():
+        means = _means(np.moveaxis(curve, -1, 1).reshape(-1, *curve.shape[1:3]))
+        cells = [(rung, size) for rung in P.reward_model_rungs for size in sizes]
+        for (rung, size), interval in zip(cells, means.split(), strict=True):
+            params = ladder.rung(rung).num_params
+            about = {"reward_model": rung, "reward_model_params": params, "num_responses": size}
+            summary.append(summary_row(name, interval, **about))
+    for name, values in _votes(responses, sizes).items():
+        interval = bootstrap(values.T, lambda means: means, unit="prompt", rng=_rng(), on="means")
+        for size, part in zip(sizes, interval.split(), strict=True):
+            summary.append(summary_row(name, part, num_responses=size))
+    reference = np.moveaxis(curves["best_of_n"][P.reward_model_rungs.index(P.reference_rung)], -1, 0)
+    difference = nested_bootstrap(reference, lambda m: _early_minus_late(P, m), rng=_rng(), on="means")
+    result = claims.judge("C6", difference)
+    row = summary_row("early_minus_late_gain", difference, reward_model=P.reference_rung)
+    summary.append(row | {"verdict": result.verdict})
+    return Tables(rows.table(), pd.DataFrame(summary), pd.concat(prompts), (result,))
+
+
+def _early_minus_late(P: BestOfN, means: np.ndarray) -> float:
+    """Mean gain for each doubling of N over the early range of the claim minus that over its late range."""
+    first, early, late, last = (means[P.best_of.index(size)] for size in P.claim_sizes)
+    sizes = P.claim_sizes
+    return (early - first) / np.log2(sizes[1] / sizes[0]) - (last - late) / np.log2(sizes[3] / sizes[2])
+
+
+def _standardised_gold(gold: np.ndarray, proxy: np.ndarray, sizes: list[int]) -> np.ndarray:
+    """Gold of the chosen response, in standard deviations of single responses above their mean."""
+    return bon.best_of_n(np.broadcast_to((gold - gold.mean()) / gold.std(), proxy.shape), proxy, sizes)
+
+
+def _standardised_proxy(proxy: np.ndarray, sizes: list[int]) -> np.ndarray:
+    """Proxy of the chosen response, in standard deviations of each reward model's single scores above their mean."""
+    mean, std = (statistic(proxy, axis=(2, 3), keepdims=True) for statistic in (np.mean, np.std))
+    return bon.expected_proxy((proxy - mean) / std, sizes)
+
+
+def _votes(responses: Responses, sizes: list[int]) -> dict[str, np.ndarray]:
+    """pass@N and majority vote, float64 [prompt, size]. Unfinished responses have no answer: each is its own."""
+    answers = responses.answers()
+    missing = answers < 0
+    answers = np.where(missing, -1 - np.arange(answers.shape[1]), answers)
+    vote = bon.majority_vote(answers, responses.exact, sizes, rng=_rng())
+    return {"pass_at_n": bon.pass_at_n(responses.exact, sizes), "majority_vote": vote}
+
+
+def test_bed(P: TestBed, folders: Folders) -> Tables:
+    """Loss against compute, accuracy by rung and family, reward models by size and data, and the bed's conditions."""
+    rows, summary, prompts = _Runs(P), [], []
+    excess = _ladder_loss(P, folders, rows, prompts)
+    sizes = {rung: ladder.rung(rung).num_params for rung in P.policy_rungs}
+    flops = np.array([_last_loss(folders, P, rung)["flops"] for rung in P.policy_rungs])
+    interval = bootstrap(excess, lambda means: means, unit="prompt", rng=_rng(), on="means")
+    for rung, compute, part in zip(P.policy_rungs, flops, interval.split(), strict=True):
+        about = {"rung": rung, "num_params": sizes[rung], "train_flops": compute}
+        summary.append(summary_row("excess_loss", part, **about))
+    fit = fit_with_intervals(fit_power_law, flops, excess, unit="prompt", rng=_rng())
+    exponent = fit.intervals["b"]
+    summary += _band_rows("loss_fit", "train_flops", fit, exponent)
+    summary.append(summary_row("loss_exponent", exponent))
+    summary.append(summary_row("loss_r2", exponent) | {"estimate": fit.r2_log, "ci_low": np.nan, "ci_high": np.nan})
+    accuracy = _ladder_accuracy(P, folders, rows, summary, prompts)
+    pairs = _reward_model_accuracy(P, folders, rows, summary, prompts)
+    best = _best_of_eight(P, folders)
+    gains = policy_size(P.gains(), folders)
+    gain_rows = gains.summary[gains.summary["quantity"] == "gain"]
+    conditions = _conditions(P, fit.r2_log, accuracy, pairs, best, gain_rows)
+    summary += [summary_row("best_of_8_minus_mean", best, rung=P.data_rung)]
+    summary += [row.rename({"quantity": "quantity"}).dropna().to_dict() for _, row in gain_rows.iterrows()]
+    return Tables(rows.table(), pd.DataFrame(summary), pd.concat(prompts), extra={"conditions.csv": conditions})
+
+
+def _ladder_loss(P: TestBed, folders: Folders, rows: "_Runs", prompts: list) -> np.ndarray:
+    """Loss above the demonstrators' own entropy: float64 [rung, document], whose mean is in nats for each token."""
+    excess = []
+    for rung in P.policy_rungs:
+        spec = P.settings.pretrain(rung)
+        final = load_file(folders[spec] / "held_out.safetensors")
+        values = (final["nats"] - final["entropy_nats"]) / final["tokens"].mean()
+        last = _last_loss(folders, P, rung)
+        metrics = {"excess_loss": values.mean(), "heldout_loss": last["loss_nats"]}
+        rows.add(spec, metrics, rung=rung, train_flops=last["flops"], seed=spec.seed, num_prompts=len(values))
+        prompts.append(_per_prompt(spec, spec.seed, "excess_loss", values))
+        excess.append(values)
+    return np.array(excess)
+
+
+def _ladder_accuracy(P: TestBed, folders: Folders, rows: "_Runs", summary: list, prompts: list) -> np.ndarray:
+    """Sampled exact accuracy of the SFT rungs: float64 [rung, prompt]. Adds rows by family and by difficulty."""
+    sampled_exact = []
+    families = list(tasks.FAMILIES)
+    for rung in P.policy_rungs:
+        sft, params = P.settings.sft(rung), ladder.rung(rung).num_params
+        for metric, seed, greedy in (("sampled_exact", P.seeds[0], False), ("greedy_exact", 0, True)):
+            spec = P.settings.evaluation(sft, seed, greedy=greedy)
+            responses = _responses(folders, spec)
+            exact = responses.exact.mean(1)
+            groups = {("family", name): responses.family == index for index, name in enumerate(families)}
+            groups |= {("difficulty", k): responses.difficulty == k for k in np.unique(responses.difficulty).tolist()}
+            for (kind, name), chosen in groups.items():
+                about = {"rung": rung, kind: name}
+                rows.add(spec, {metric: exact[chosen].mean()}, seed=seed, num_prompts=int(chosen.sum()), **about)
+                if kind == "family":
+                    interval = bootstrap(exact[chosen], np.mean, unit="prompt", rng=_rng(), on="means")
+                    summary.append(summary_row(metric, interval, num_params=params, **about))
+            if not greedy:
+                sampled_exact.append(exact)
+                prompts.append(_per_prompt(spec, seed, metric, exact))
+    return np.array(sampled_exact)
+
+
+def _reward_model_accuracy(
+    P: TestBed, folders: Folders, rows: "_Runs", summary: list, prompts: list
+) -> dict[tuple[str, int], Interval]:
+    """Interval of the accuracy within a prompt, by rung and number of labelled prompts."""
+    found: dict[tuple[str, int], list[np.ndarray]] = {}
+    num_pairs: dict[tuple[str, int], list[float]] = {}
+    for (rung, count, seed), spec in P.reward_models().items():
+        accuracy = load_file(folders[spec] / "held_out.safetensors")["pair_accuracy"].T  # [prompt, label rung]
+        values = np.nanmean(accuracy, axis=1) if accuracy.shape[1] > 1 else accuracy[:, 0]
+        found.setdefault((rung, count), []).append(values)
+        num_pairs.setdefault((rung, count), []).append(
+            int(load_file(folders[spec] / "held_out.safetensors")["num_pairs"])
+        )
+    valid = ~np.isnan(np.array([values for seeds in found.values() for values in seeds])).any(axis=0)
+    for (rung, count), seeds in found.items():
+        pairs = round(float(np.mean(num_pairs[rung, count])))
+        for seed, values in zip(P.seeds, seeds, strict=True):
+            spec = P.reward_models()[rung, count, seed]
+            about = {"rung": rung, "num_pairs": pairs, "labelled_prompts": count}
+            metrics = {"pairwise_accuracy": values[valid].mean()}
+            rows.add(spec, metrics, seed=seed, num_prompts=int(valid.sum()), **about)
+            prompts.append(_per_prompt(spec, seed, "pairwise_accuracy", values[valid]))
+    intervals = {}
+    for (rung, count), seeds in found.items():
+        interval = nested_bootstrap(np.array(seeds)[:, valid], np.mean, rng=_rng(), on="means")
+        intervals[rung, count] = interval
+        about = {
+            "rung": rung,
+            "num_params": ladder.rung(rung).num_params,
+            "num_pairs": round(float(np.mean(num_pairs[rung, count]))),
+        }
+        summary.append(summary_row("pairwise_accuracy", interval, **about))
+    return intervals
+
+
+def _best_of_eight(P: TestBed, folders: Folders) -> Interval:
+    """Exact accuracy of best-of-8 by the middle reward model minus the mean response's, on its own held-out samples."""
+    values = []
+    for seed in P.seeds:
+        samples, scores = P.best_of_eight(seed)
+        exact, proxy = _responses(folders, samples).exact, _scores(folders, scores)
+        best, mean = bon.best_of_n(exact, proxy, [8])[:, 0], exact.mean(1)
+        values.append(best - mean)
+    return nested_bootstrap(np.array(values), np.mean, rng=_rng(), on="means")
+
+
+def _conditions(
+    P: TestBed,
+    r2: float,
+    accuracy: np.ndarray,
+    pairs: Mapping[tuple[str, int], Interval],
+    best: Interval,
+    gains: pd.DataFrame,
+) -> pd.DataFrame:
+    """What the bed must show before figures are drawn from it: condition, measured, threshold, met."""
+    means = accuracy.mean(1)
+    steps, full = np.diff(means), P.settings.reward_prompts
+    by_size = [pairs[rung, full].estimate for rung in P.reward_model_rungs]
+    by_data = [pairs[P.data_rung, count].estimate for count in (*sorted(P.data_prompts), full)]
+    positive = int((gains["ci_low"] > 0).sum())
+    joined = " -> ".join
+    shown = [joined(f"{value:.2f}" for value in values) for values in (means, by_size, by_data)]
+    checks = [
+        (
+            "loss above the demonstrators' entropy against compute: R2 of the power law",
+            f"{r2:.3f}",
+            ">= 0.95",
+            r2 >= 0.95,
+        ),
+        ("rungs in that fit", str(len(means)), ">= 5", len(means) >= 5),
+        ("sampled exact accuracy rises along the ladder", shown[0], "every step > 0", (steps > 0).all()),
+        ("its rise in all", f"{means[-1] - means[0]:.3f}", ">= 0.3", means[-1] - means[0] >= 0.3),
+        ("its maximum", f"{means.max():.3f}", "< 0.9", means.max() < 0.9),
+        ("pair accuracy within a prompt rises with size", shown[1], "largest > smallest", by_size[-1] > by_size[0]),
+        ("the same with data", shown[2], "every step > 0", (np.diff(by_data) > 0).all()),
+        ("the same with little data is near chance", f"{by_data[0]:.3f}", "<= 0.6", by_data[0] <= 0.6),
+        ("the same at its best", f"{max(by_size):.3f}", ">= 0.8", max(by_size) >= 0.8),
+        (
+            f"best-of-8 by the {P.data_rung} reward model minus the mean",
+            f"{best.estimate:.3f} [{best.low:.3f}, {best.high:.3f}]",
+            "interval > 0",
+            best.low > 0,
+        ),
+        ("rungs whose gain from PPO has an interval above 0", str(positive), ">= 3", positive >= 3),
+        ("seeds of every reward model and policy", str(len(P.seeds)), ">= 5", len(P.seeds) >= 5),
+    ]
+    return pd.DataFrame(checks, columns=["condition", "measured", "threshold", "met"])
+
+
+def training_metrics(P: PolicySize, folders: Folders) -> pd.DataFrame:
+    """Every update of every policy, as `plots.training_curves` wants it."""
+    tables = []
+    for rung in P.policy_rungs:
+        for seed in P.seeds:
+            table = pd.read_csv(_metrics_file(folders, P.evaluations("ppo", rung, seed)[0]))
+            about = {"rung": rung, "num_params": ladder.rung(rung).num_params, "seed": seed}
+            tables.append(
+                table.rename(columns={"response_tokens": "response_length", "finished": "eos_share"}).assign(**about)
+            )
+    return pd.concat(tables, ignore_index=True)
+
+
+class _Runs:
+    """Collects the rows of runs.csv."""
+
+    def __init__(self, P: FigureParams):
+        self._common = {"figure": P.figure, "command": command(P)}
+        self._rows: list[dict[str, Any]] = []
+
+    def add(self, spec: Spec, metrics: Mapping[str, float], *, rung: str, **about: Any) -> None:
+        about = {"node": spec.key, "rung": rung, "num_params": ladder.rung(rung).num_params, **about}
+        self._rows += [self._common | about | {"metric": name, "value": float(v)} for name, v in metrics.items()]
+
+    def table(self) -> pd.DataFrame:
+        return pd.DataFrame(self._rows)
+
+
+def _per_prompt(spec: Spec, seed: int, metric: str, values: np.ndarray, **about: Any) -> pd.DataFrame:
+    columns = {"node": spec.key, "seed": seed, "prompt_id": np.arange(len(values)), "metric": metric, "value": values}
+    return pd.DataFrame(about | columns)
+
+
+def _by_rung(quantity: str, rungs: Sequence[str], interval: Interval, **about: Any) -> list[dict[str, Any]]:
+    return [
+        summary_row(quantity, part, rung=rung, num_params=ladder.rung(rung).num_params, **about)
+        for rung, part in zip(rungs, interval.split(), strict=True)
+    ]
+
+
+def _band_rows(quantity: str, x: str, fit: Any, like: Interval) -> list[dict[str, Any]]:
+    """The fitted curve with its band, on the fit's grid."""
+    rows = []
+    for place, estimate, low, high in zip(*(fit.band[name] for name in ("x", "estimate", "low", "high")), strict=True):
+        rows.append(summary_row(quantity, like, **{x: place}) | {"estimate": estimate, "ci_low": low, "ci_high": high})
+    return rows
+
+
+def _means(values: np.ndarray) -> Interval:
+    """The mean of each entry of the first axis, with intervals; values are [entry, seed, prompt]."""
+    return nested_bootstrap(values, lambda means: means, rng=_rng(), on="means")
+
+
+def _rng() -> np.random.Generator:
+    return np.random.default_rng(BOOTSTRAP_SEED)
+
+
+def _responses(folders: Folders, spec: Spec) -> Responses:
+    return Responses.load(folders[spec] / "responses.safetensors")
+
+
+def _scores(folders: Folders, spec: Spec) -> np.ndarray:
+    return load_file(folders[spec] / "scores.safetensors")["scores"]
+
+
+def _metrics_file(folders: Folders, samples: Spec) -> Path:
+    """The training log of the policy that was sampled; it lies beside the requested artifacts in the store."""
+    model = samples.model
+    return folders[samples].parent.parent / model.stage / model.key / "metrics.csv"
+
+
+def _last_loss(folders: Folders, P: TestBed, rung: str) -> dict[str, float]:
+    return pd.read_csv(folders[P.settings.pretrain(rung)] / "loss.csv").iloc[-1].to_dict()
