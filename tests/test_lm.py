@@ -1,13 +1,17 @@
 """The language-model loop: its loss against transformers' own, batches, divergence, determinism."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
 import torch
 
 import tiny
-from rlhfscale import lm
+from rlhfscale import lm, tasks
+from rlhfscale.data.demonstrations import demonstration_entropy, demonstrations, problem_list
+from rlhfscale.data.documents import bucketed_batches
+from rlhfscale.data.responses import decode
 
 
 def train(model, documents, seed=(0,), **options):
@@ -43,20 +47,42 @@ def test_loss_does_not_depend_on_padding():
     assert together == pytest.approx(np.average(losses, weights=tokens), rel=1e-5)
 
 
-def test_evaluate_loss_is_the_mean_over_all_response_tokens():
+def test_document_losses_are_sums_over_response_tokens():
     model, documents = tiny.model(), tiny.documents(13)
-    total = count = 0
+    found = lm.document_losses(model, documents, batch_size=4)
     for i in range(len(documents)):
         ids, start = documents.ids[i, : documents.lengths[i]], documents.prompt_lengths[i]
         logprobs = tiny.full_logprobs(model, ids)
-        total -= sum(logprobs[t - 1, ids[t]].item() for t in range(start, len(ids)))
-        count += len(ids) - start
-    assert lm.evaluate_loss(model, documents, batch_size=4) == pytest.approx(total / count, rel=1e-5)
+        expected = -sum(logprobs[t - 1, ids[t]].item() for t in range(start, len(ids)))
+        assert found[i] == pytest.approx(expected, rel=1e-5)
+    responses = (documents.lengths - documents.prompt_lengths).sum()
+    together = lm.response_loss(model, documents, np.arange(13), skip_prompt=True).item()
+    assert found.sum() / responses == pytest.approx(together, rel=1e-5)
+
+
+def test_demonstration_entropy_is_the_demonstrators_own_loss():
+    """Against the mean of -log p over many demonstrations, p known from the slips that happened."""
+    slip, documents = 0.1, demonstrations((0, 97), "train", tiny.FAMILIES, 3000, 0.1)
+    careful = demonstrations((0, 97), "train", ("registers",), 1, 0.0)
+    assert demonstration_entropy(careful, 0.0).tolist() == [0.0]
+    nats = []
+    for i, problem in enumerate(problem_list((0, 97, 0), "train", tiny.FAMILIES, 3000)):
+        family, before, total = tasks.FAMILIES[problem.family], problem.start, 0.0
+        text = decode(documents.ids[i, documents.prompt_lengths[i] : documents.lengths[i]])
+        for operation, part in zip(problem.operations, text.split(";"), strict=True):
+            after = tuple(part.split())
+            for written, right in zip(after, family.apply(operation, before), strict=True):
+                total -= math.log(1 - slip if written == right else slip / (len(family.alphabet) - 1))
+            before = after
+        nats.append(total)
+    found = demonstration_entropy(documents, slip)
+    error = np.std(np.array(nats) - found) / len(nats) ** 0.5
+    assert abs(np.mean(nats) - found.mean()) < 4 * error < 0.1 * found.mean()
 
 
 def test_batches_cover_each_document_once():
     lengths = np.random.default_rng(0).integers(5, 30, size=1003)
-    batches = list(lm.bucketed_batches(lengths, 8, np.random.default_rng(1)))
+    batches = list(bucketed_batches(lengths, 8, np.random.default_rng(1)))
     assert sorted(np.concatenate(batches)) == list(range(1003))
     assert max(map(len, batches)) == 8
     spread = np.mean([np.ptp(lengths[batch]) for batch in batches])
@@ -74,6 +100,15 @@ def test_divergence_names_the_step_and_the_metric():
 
     with pytest.raises(lm.Diverged, match="step 2: loss is nan"):
         train(model, tiny.documents(40), on_step=poison)
+
+
+def test_a_gradient_that_is_not_finite_is_named_before_it_moves_anything():
+    model = tiny.model()
+    before = tiny.weights(model)
+    model.lm_head.weight.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(lm.Diverged, match="step 0: gradient norm is (nan|inf)"):
+        train(model, tiny.documents(8))
+    assert tiny.equal(before, tiny.weights(model))
 
 
 def test_training_learns_and_is_decided_by_its_seed():

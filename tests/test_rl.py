@@ -167,7 +167,7 @@ def test_the_score_lands_on_the_last_token_of_each_response():
 LETTER = token_ids()["a"]
 
 
-def count_letter(ids, lengths):
+def count_letter(ids, prompt_lengths, lengths):
     """A learnable reward: the share of one letter in the whole sequence."""
     return (ids == LETTER).sum(1) / lengths
 
@@ -252,7 +252,7 @@ def test_values_are_read_before_each_token_under_the_critic(trained):
 
 
 def test_the_penalty_falls_on_unfinished_responses():
-    run = ppo(reward=lambda ids, lengths: np.full(len(ids), 0.25), missing_eos_penalty=0.5)
+    run = ppo(reward=lambda ids, *_: np.full(len(ids), 0.25), missing_eos_penalty=0.5)
     batch, completions = gather(run)
     assert 0 < batch.finished.sum() < 24
     assert batch.scores.tolist() == [0.25 if finished else -0.25 for finished in completions.finished]
@@ -267,14 +267,15 @@ def test_the_penalty_falls_on_unfinished_responses():
 def test_the_reward_function_sees_prompt_and_response_joined():
     seen = {}
 
-    def reward(ids, lengths):
-        seen.update(ids=ids.copy(), lengths=lengths.copy())
+    def reward(ids, prompt_lengths, lengths):
+        seen.update(ids=ids.copy(), prompt_lengths=prompt_lengths.copy(), lengths=lengths.copy())
         return np.zeros(len(ids))
 
     _, completions = gather(ppo(reward=reward), 8)
     for i, prompt in enumerate(tiny.prompts(8)):
         sequence = [*prompt, *completions[i].token_ids]
         assert seen["ids"][i, : len(sequence)].tolist() == sequence and seen["lengths"][i] == len(sequence)
+        assert seen["prompt_lengths"][i] == len(prompt)
         assert not seen["ids"][i, len(sequence) :].any()
 
 
@@ -442,7 +443,7 @@ def test_a_learnable_reward_rises():
 
 def test_the_critic_of_a_policy_that_stands_still_explains_returns():
     """The reward is told by the prompt's first token after begin-of-sequence."""
-    run = ppo(reward=lambda ids, _: ids[:, 1] == token_ids()["lists"], policy_lr=1e-12, missing_eos_penalty=0.0)
+    run = ppo(reward=lambda ids, *_: ids[:, 1] == token_ids()["lists"], policy_lr=1e-12, missing_eos_penalty=0.0)
     explained = [update(run, step)[0]["explained_variance"] for step in range(12)]
     assert explained[0] == pytest.approx(0, abs=1e-6) and explained[-1] > 0.5
 
@@ -481,7 +482,7 @@ def test_metrics_equal_their_definitions(trained):
     ],
 )
 def test_bad_rewards_are_named(bad, message):
-    run = ppo(reward=lambda ids, lengths: bad(count_letter(ids, lengths)))
+    run = ppo(reward=lambda *sequences: bad(count_letter(*sequences)))
     with pytest.raises(ValueError, match=message):
         update(run)
 
@@ -492,6 +493,15 @@ def test_divergence_names_the_update():
     run.shared.value_head.linear.bias.data.fill_(float("nan"))
     with pytest.raises(lm.Diverged, match="update 1: policy loss .*, value loss nan"):
         update(run)
+
+
+def test_a_gradient_that_is_not_finite_is_named_before_it_moves_anything():
+    run = ppo()
+    run.policy_parameters[0].register_hook(lambda gradient: gradient * float("inf"))
+    before = tiny.weights(run.shared)
+    with pytest.raises(lm.Diverged, match="update 0: .* gradient norms (nan|inf) and "):
+        update(run)
+    assert tiny.equal(before, tiny.weights(run.shared))
 
 
 def test_saved_adapters_load_with_plain_peft(trained, tmp_path):

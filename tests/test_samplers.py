@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import tiny
+from rlhfscale import ladder
 from rlhfscale.ladder import CONTEXT, EOS_ID, PAD_ID
 from rlhfscale.samplers import Completion, hf, request_seeds
 from rlhfscale.samplers.base import uniforms
@@ -32,7 +33,11 @@ def markov():
 
 @pytest.fixture(scope="module")
 def model():
-    return tiny.model()
+    """The end of sequence is made likelier, so that most responses end, at different steps."""
+    built, bias = tiny.model(), torch.zeros(ladder.vocab_size())
+    bias[EOS_ID] = 2.0
+    built.lm_head.register_forward_hook(lambda module, inputs, logits: logits + bias)
+    return built
 
 
 @pytest.fixture(scope="module")
@@ -73,11 +78,12 @@ def test_draws_are_uniform_and_independent_over_positions():
     )
 
 
-def test_a_response_does_not_depend_on_its_batch(model, prompts):
+def test_a_response_does_not_depend_on_its_batch(model, prompts, monkeypatch):
     """Nor on the requests that leave the batch early: a batch of one never loses a row before it ends."""
-    seeds = request_seeds((2,), len(prompts))
-    together = sample(model, prompts, seeds)
-    assert 5 < together.finished.sum() < 55 and together.lengths[together.finished].min() < 5  # rows do leave early
+    seeds, kept, select = request_seeds((2,), len(prompts)), [], DynamicCache.batch_select_indices
+    monkeypatch.setattr(DynamicCache, "batch_select_indices", lambda *a: (kept.append(len(a[1])), select(*a))[1])
+    sample(model, prompts, seeds)
+    assert len(kept) > 1 and 60 > kept[0] > kept[-1] > 0  # rows do leave early, more than once
     alone = [sample(model, [prompt], seeds[i : i + 1])[0] for i, prompt in enumerate(prompts)]
     for batch_size, order in (
         (60, np.arange(60)),
@@ -131,6 +137,15 @@ def test_finish_reasons_and_lengths(model, prompts):
         assert completion.finish_reason == "stop" or length == 16
         assert (found.ids[i, length:] == PAD_ID).all() and (found.logprobs[i, length:] == 0).all()
     assert isinstance(found[0], Completion) and len(found) == len(list(found)) == len(prompts)
+
+
+def test_the_ends_of_the_unit_interval_draw_possible_tokens(monkeypatch):
+    """A token of probability 0 is never drawn, neither first nor last in the vocabulary."""
+    logits = torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]] * 2)
+    monkeypatch.setattr(hf, "uniforms", lambda seeds, step: np.array([0.0, 1 - 2.0**-53]))
+    token, logprob = hf._draw(logits, 1.0, SEEDS, 0)
+    assert token.tolist() == [1, 2]
+    np.testing.assert_allclose(logprob, np.log(0.5), rtol=1e-6)
 
 
 def test_end_of_sequence_at_once_and_all_at_the_same_step():

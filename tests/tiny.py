@@ -2,7 +2,9 @@
 
 import torch
 
-from rlhfscale import data, ladder, lm, models, tasks
+from rlhfscale import ladder, models, tasks
+from rlhfscale.data.demonstrations import demonstrations, encode_prompts, problem_list
+from rlhfscale.data.documents import Documents
 
 FAMILIES = tuple(tasks.FAMILIES)
 
@@ -18,11 +20,11 @@ def model(seed: int = 0, scale: float = 6.0):
 
 
 def prompts(count: int, seed: int = 0) -> list[list[int]]:
-    return data.encode_prompts(data.problem_list((seed, 99), "train", FAMILIES, count))
+    return encode_prompts(problem_list((seed, 99), "train", FAMILIES, count))
 
 
-def documents(count: int, seed: int = 0) -> lm.Documents:
-    return data.demonstrations((seed, 98), "train", FAMILIES, count, slip=0.1)
+def documents(count: int, seed: int = 0) -> Documents:
+    return demonstrations((seed, 98), "train", FAMILIES, count, slip=0.1)
 
 
 def weights(module) -> dict[str, torch.Tensor]:

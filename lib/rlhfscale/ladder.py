@@ -55,9 +55,14 @@ class Rung(BaseModel):
     def num_params_with_embeddings(self) -> int:
         return self.num_params + vocab_size() * self.width
 
-    def train_flops(self, num_tokens: float) -> float:
-        """FLOPs of training on ``num_tokens``: 6 for each parameter and token, the output head counted as one."""
-        return 6.0 * self.num_params_with_embeddings * num_tokens
+    def train_flops(self, num_tokens: float, sequence_length: float) -> float:
+        """FLOPs of training on ``num_tokens`` in sequences of ``sequence_length`` tokens.
+
+        6 for each parameter and token, the tied output head counted once, and 12 for each layer, token, position and
+        unit of width for attention's two products (Kaplan et al. 2020, table 1), as a dense kernel computes them.
+        """
+        attention = 12.0 * self.layers * sequence_length * self.width
+        return (6.0 * self.num_params_with_embeddings + attention) * num_tokens
 
     def seconds(self, train_tokens: float = 0.0, forward_tokens: float = 0.0) -> float:
         """Rough seconds on one CPU thread, for plans only: measured rates interpolated in the number of parameters."""

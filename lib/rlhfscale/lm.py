@@ -75,7 +75,7 @@ def train(
         on_step: called with (step, number of steps, tokens seen) after each step.
 
     Raises:
-        Diverged: the loss is not finite.
+        Diverged: the loss or its gradient is not finite.
     """
     rng = np.random.default_rng(seed)
     batches = list(bucketed_batches(documents.lengths, batch_size, rng))
@@ -93,7 +93,9 @@ def train(
             raise Diverged(f"step {step}: loss is {loss.item()}; lower the learning rate")
         model.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        if not torch.isfinite(norm):
+            raise Diverged(f"step {step}: gradient norm is {norm.item()}; lower the learning rate")
         for optimizer in chosen:
             optimizer.step()
         losses.append(loss.item())

@@ -166,4 +166,5 @@ class SharedBase(nn.Module):
 
     def save_adapter(self, adapter: str, folder: Path) -> None:
         """Write one adapter as a plain PEFT folder ``folder/<adapter>``."""
-        self.model.save_pretrained(folder, selected_adapters=[adapter])
+        # no embedding is adapted; "auto", the default, may look the base's name up on the hub to find that out
+        self.model.save_pretrained(folder, selected_adapters=[adapter], save_embedding_layers=False)

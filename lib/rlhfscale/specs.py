@@ -93,6 +93,13 @@ class RewardModel(Spec):
     readout: Literal["last", "sum"]
     seed: int = Field(ge=0)
 
+    @model_validator(mode="after")
+    def _enough_data(self) -> "RewardModel":
+        most = sum(samples.num_prompts for samples in self.data)
+        if self.num_prompts > most:
+            raise ValueError(f"num_prompts: {self.num_prompts} is more than the {most} labelled prompts of the data")
+        return self
+
     @property
     def rung(self) -> str:
         return self.base.rung

@@ -45,7 +45,7 @@ def pretrain(spec: specs.Pretrain, inputs: Inputs, folder: Path) -> None:
         if (step + 1) * LOSS_POINTS // num_steps > step * LOSS_POINTS // num_steps:
             nats = lm.document_losses(model, held_out)
             model.train()
-            point = {"step": step + 1, "tokens": tokens, "flops": rung.train_flops(tokens)}
+            point = {"step": step + 1, "tokens": tokens, "flops": rung.train_flops(tokens, documents.lengths.mean())}
             points.append(point | {"loss_nats": nats.sum() / held_out_tokens.sum()})
 
     train_losses = lm.train(
@@ -127,6 +127,8 @@ def reward_model(spec: specs.RewardModel, inputs: Inputs, folder: Path) -> None:
 def policy(spec: specs.Policy, inputs: Inputs, folder: Path) -> None:
     """model/ (adapter folded in), adapters/policy and adapters/critic as PEFT folders, metrics.csv."""
     base = models.load_policy(inputs[spec.sft.key] / "model")
+    # what the adapters record as their base, rather than a path of this machine
+    base.name_or_path = base.config.name_or_path = spec.sft.key
     reward = outcome.OutcomeRewardModel.load(inputs[spec.reward_model.key] / "model")
     names = PPOConfig.__dataclass_fields__.keys() - {"max_new_tokens"}
     config = PPOConfig(**{name: getattr(spec, name) for name in names}, max_new_tokens=tasks.MAX_RESPONSE_TOKENS)

@@ -259,7 +259,7 @@ def _reward_model_accuracy(
     """Interval of the accuracy within a prompt, by rung and number of labelled prompts."""
     found: dict[tuple[str, int], list[np.ndarray]] = {}
     num_pairs: dict[tuple[str, int], list[float]] = {}
-    for (rung, count, seed), spec in P.reward_models().items():
+    for (rung, count, _), spec in P.reward_models().items():
         accuracy = load_file(folders[spec] / "held_out.safetensors")["pair_accuracy"].T  # [prompt, label rung]
         values = np.nanmean(accuracy, axis=1) if accuracy.shape[1] > 1 else accuracy[:, 0]
         found.setdefault((rung, count), []).append(values)

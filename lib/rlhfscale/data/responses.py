@@ -86,9 +86,12 @@ class Responses:
 
 
 def decode(ids: Sequence[int]) -> str:
-    """Text of response ids, without special tokens."""
+    """Text of a response's ids without the end-of-sequence token that closes it.
+
+    Any other special token is written out: a response with padding inside is not the same as one without.
+    """
     names = tokens()
-    return " ".join(names[index] for index in ids if index >= len(ladder.SPECIAL_TOKENS))
+    return " ".join(names[index] for index in ids if index != ladder.EOS_ID)
 
 
 def label(problems: Sequence[tasks.Problem], completions: Completions) -> Responses:

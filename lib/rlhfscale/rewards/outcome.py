@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 from rlhfscale import lm, models
 from rlhfscale.data.documents import bucketed_batches
 from rlhfscale.data.responses import Responses
-from rlhfscale.ladder import PAD_ID
 
 
 def bradley_terry(scores: torch.Tensor, gold: torch.Tensor) -> torch.Tensor:
@@ -64,8 +63,13 @@ class OutcomeRewardModel:
         self.mean, self.std = 0.0, 1.0
 
     def calibrate(self, scores: np.ndarray) -> None:
-        """Set the mean and standard deviation that ``score(normalise=True)`` removes."""
+        """Set the mean and standard deviation that ``score(normalise=True)`` removes.
+
+        Raises ValueError where all scores are equal: such a model says nothing.
+        """
         self.mean, self.std = float(scores.mean()), float(scores.std())
+        if not self.std > 0:
+            raise ValueError("the reward model gives every response the same score; train it longer")
 
     def save(self, folder: Path) -> None:
         """Write a plain sequence-classification folder, with ``reward.json``: readout, mean, std."""
@@ -102,13 +106,15 @@ class OutcomeRewardModel:
         Returns:
             float32 [sequence].
         """
-        scores = np.zeros(len(ids), np.float32)
-        order = np.argsort(lengths, kind="stable")
+        first, inverse = distinct(ids, lengths)
+        scores = np.zeros(len(first), np.float32)
+        order = np.argsort(lengths[first], kind="stable")
         for start in range(0, len(order), batch_size):
-            index = order[start : start + batch_size]
+            rows = order[start : start + batch_size]
+            index = first[rows]
             batch = sequence_scores(self.model, ids[index], prompt_lengths[index], lengths[index], self.readout)
-            scores[index] = batch.numpy()
-        return (scores - self.mean) / self.std if normalise else scores
+            scores[rows] = batch.numpy()
+        return (scores[inverse] - self.mean) / self.std if normalise else scores[inverse]
 
     def score_responses(self, responses: Responses) -> np.ndarray:
         """Raw scores, float32 [prompt, sample]."""
@@ -117,15 +123,26 @@ class OutcomeRewardModel:
         return self.score(ids.reshape(-1, ids.shape[2]), prompts, lengths.reshape(-1)).reshape(lengths.shape)
 
 
+def distinct(ids: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows that differ, so that equal sequences are computed once: responses to one prompt often repeat.
+
+    Returns:
+        int64 [distinct], the first row of each kind; and int64 [row], which of them each row equals.
+    """
+    rows = np.column_stack([ids, lengths])
+    _, first, inverse = np.unique(rows, axis=0, return_index=True, return_inverse=True)
+    return first, inverse.reshape(-1)
+
+
 def sequence_scores(
     model: nn.Module, ids: np.ndarray, prompt_lengths: np.ndarray, lengths: np.ndarray, readout: str
 ) -> torch.Tensor:
     """float32 [sequence], differentiable; see `OutcomeRewardModel`. The score head runs on the read positions only."""
     batch = torch.from_numpy(ids[:, : int(lengths.max())])
-    trunk = model.get_base_model() if isinstance(model, PeftModel) else model
-    hidden = trunk.model(input_ids=batch, attention_mask=(batch != PAD_ID).long(), use_cache=False).last_hidden_state
     position = torch.arange(batch.shape[1])
     end = torch.from_numpy(np.asarray(lengths, np.int64))[:, None]
+    trunk = model.get_base_model() if isinstance(model, PeftModel) else model
+    hidden = trunk.model(input_ids=batch, attention_mask=(position < end).long(), use_cache=False).last_hidden_state
     start = end - 1 if readout == "last" else torch.from_numpy(np.asarray(prompt_lengths, np.int64))[:, None]
     read = (position >= start) & (position < end)
     scores = hidden.new_zeros(batch.shape)
@@ -178,7 +195,9 @@ def train(
         groups = [group for optimizer in chosen for group in optimizer.param_groups]
         for group, rate in zip(groups, base_rates, strict=True):
             group["lr"] = factor * rate
-        scores = sequence_scores(trained, ids, prompt_lengths, lengths, readout).view(gold.shape)
+        first, inverse = distinct(ids, lengths)
+        scores = sequence_scores(trained, ids[first], prompt_lengths[first], lengths[first], readout)
+        scores = scores[torch.from_numpy(inverse)].view(gold.shape)
         loss = bradley_terry(scores, torch.from_numpy(gold))
         if not torch.isfinite(loss):
             raise lm.Diverged(f"step {step}: reward-model loss is {loss.item()}; lower the learning rate")

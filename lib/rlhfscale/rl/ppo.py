@@ -98,7 +98,7 @@ class PPO:
             the update's metrics (see ``metrics`` below), and the responses, prompt by prompt.
 
         Raises:
-            lm.Diverged: a loss is not finite.
+            lm.Diverged: a loss or a gradient is not finite.
         """
         config = self.config
         repeated = [prompt for prompt in prompts for _ in range(config.responses_per_prompt)]
@@ -144,12 +144,13 @@ class PPO:
         value_loss = clipped_value(values, batch.values, returns[index, :width], batch.mask, config.value_clip)
         value_loss.backward()
 
-        if not torch.isfinite(policy_loss + value_loss):
-            raise lm.Diverged(
-                f"update {self.num_updates_done}: policy loss {policy_loss.item()}, value loss {value_loss.item()}"
-            )
         policy_norm = nn.utils.clip_grad_norm_(self.policy_parameters, config.max_grad_norm)
-        nn.utils.clip_grad_norm_(self.critic_parameters, config.max_grad_norm)
+        critic_norm = nn.utils.clip_grad_norm_(self.critic_parameters, config.max_grad_norm)
+        if not torch.isfinite(policy_loss + value_loss + policy_norm + critic_norm):
+            raise lm.Diverged(
+                f"update {self.num_updates_done}: policy loss {policy_loss.item()}, value loss {value_loss.item()},"
+                f" gradient norms {policy_norm.item()} and {critic_norm.item()}"
+            )
         self.optimizer.step()
         return {
             "policy_loss": policy_loss.item(),

@@ -8,7 +8,7 @@ returns a :class:`Fit`; :func:`fit_with_intervals` repeats one inside each boots
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from scipy import optimize

@@ -9,13 +9,13 @@ from rlhfscale.tasks.lists import Lists
 from rlhfscale.tasks.registers import Registers
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (Lists(), Registers())}
-CHAIN_WEIGHTS = (0.45, 0.35, 0.2)
+CHAIN_WEIGHTS = (0.5, 0.3, 0.2)
 """Relative frequency of chains of one, two and three operations."""
 
-MAX_PROMPT_TOKENS = 12
-"""Longest prompt: begin-of-sequence, family, three operations, ``:``, five letters, ``=``."""
-MAX_RESPONSE_TOKENS = 18
-"""Longest right response: three states of five letters, two separators, end-of-sequence."""
+MAX_PROMPT_TOKENS = 11
+"""Longest prompt: begin-of-sequence, family, three operations, ``:``, four letters, ``=``."""
+MAX_RESPONSE_TOKENS = 15
+"""Longest right response: three states of four letters, two separators, end-of-sequence."""
 
 __all__ = ["FAMILIES", "Family", "Grade", "Problem", "grade", "is_held_out", "problems", "vocabulary"]
 

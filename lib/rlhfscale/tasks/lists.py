@@ -1,4 +1,4 @@
-"""Family ``lists``: transformations of lists of three to five letters."""
+"""Family ``lists``: transformations of lists of three or four letters."""
 
 from itertools import accumulate
 
@@ -33,7 +33,7 @@ class Lists(Family):
     name = "lists"
     alphabet = LETTERS
     operations = tuple(TRANSFORMATIONS)
-    lengths = (3, 4, 5)
+    lengths = (3, 4)
 
     def start(self, rng: np.random.Generator) -> State:
         length = self.lengths[int(rng.integers(len(self.lengths)))]
