@@ -63,7 +63,7 @@ def test_bed_tables():
     runs, summary = [], []
     for index, (rung, size) in enumerate(RUNGS.items()):
         flops, size_of = 6 * size * 6e6, {"rung": rung, "num_params": size}
-        points = [("heldout_loss", 1.2 + 400 * flops**-0.22, {"train_flops": flops})]
+        points = [("excess_loss", 1.2 + 400 * flops**-0.22, {"train_flops": flops})]
         for family, shift in (("lists", 0.0), ("registers", -0.15)):
             points.append(("sampled_exact", 0.3 + 0.1 * index + shift, {"family": family}))
             points.append(("greedy_exact", 0.5 + 0.1 * index + shift, {"family": family}))

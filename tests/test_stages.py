@@ -101,7 +101,8 @@ def test_pretraining_reports_its_loss(folders):
     assert len(points) == stages.LOSS_POINTS and points.step.iloc[-1] == len(train) == -(-2000 // 32)
     assert points.loss_nats.iloc[-1] < points.loss_nats.iloc[0] - 0.2
     assert (np.diff(points.tokens) > 0).all()
-    np.testing.assert_allclose(points.flops, [ladder.rung("25k").train_flops(t) for t in points.tokens])
+    length = points.tokens.iloc[-1] / PRETRAIN.num_documents
+    np.testing.assert_allclose(points.flops, [ladder.rung("25k").train_flops(t, length) for t in points.tokens])
     model = models.load_policy(folders[PRETRAIN] / "model")
     held_out, documents = (
         load_file(folders[PRETRAIN] / "held_out.safetensors"),
@@ -251,7 +252,7 @@ def test_sequences_join_prompt_and_response():
             expected = [ladder.BOS_ID, *encode(problem.prompt), *encode(text), *[ladder.EOS_ID] * finished]
             assert ids[p, s, : lengths[p, s]].tolist() == expected
             assert (ids[p, s, lengths[p, s] :] == ladder.PAD_ID).all()
-            assert decode(ids[p, s]) == f"{problem.prompt} {text}".strip()
+            assert decode(ids[p, s, 1 : lengths[p, s]]) == f"{problem.prompt} {text}".strip()
 
 
 def test_answers_are_equal_where_the_last_state_is():
@@ -279,3 +280,13 @@ def test_answers_agree_with_the_text(folders):
 def test_the_saved_adapter_has_the_size_asked_for(folders):
     config = json.loads((folders[POLICY] / "adapters" / "policy" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (2, 4.0, 0.0)
+
+
+def test_special_tokens_inside_a_response_make_it_wrong():
+    """A policy must not be paid for a right answer with padding or a second beginning in it."""
+    problem = next(tasks.problems((0, 1), "train"))
+    right = encode(" ; ".join(" ".join(state) for state in problem.states))
+    for inside in (ladder.PAD_ID, ladder.BOS_ID):
+        spoiled = [right[0], inside, *right[1:], ladder.EOS_ID]
+        assert not tasks.grade(problem, decode(spoiled)).exact
+    assert tasks.grade(problem, decode([*right, ladder.EOS_ID])).exact

@@ -1,11 +1,11 @@
 """The figures' parameters: what each notebook varies, and the specs that follow from it."""
 
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 from pydantic import model_validator
 
 from rlhfscale import ladder, specs
-from rlhfscale.params import FigureParams, ParamsError, field
+from rlhfscale.params import FigureParams, field
 from rlhfscale.recipe import Recipe
 from rlhfscale.spec import Spec
 
@@ -32,9 +32,6 @@ class StudyFigure(FigureParams):
     @property
     def settings(self) -> Recipe:
         return Recipe.load(self.recipe)
-
-    def resolved(self) -> dict[str, Any]:
-        return super().resolved() | {"recipe_settings": self.settings.model_dump(mode="json")}
 
 
 def _check_rungs(name: str, rungs: tuple[str, ...]) -> None:
@@ -168,6 +165,12 @@ class TestBed(StudyFigure):
             for seed in self.seeds
         }
 
+    def best_of_eight(self, seed: int) -> tuple[specs.Samples, specs.Scores]:
+        """Eight responses of the data rung's SFT model to each held-out prompt, scored by its reward model."""
+        recipe = self.settings
+        samples = recipe.evaluation(recipe.sft(self.data_rung), seed).model_copy(update={"num_samples": 8})
+        return samples, specs.Scores(samples=samples, reward_model=recipe.reward_model(self.data_rung, seed))
+
     def gains(self) -> PolicySize:
         """The policies of the gain condition, as the figure of C1 describes them."""
         return PolicySize(
@@ -185,7 +188,5 @@ class TestBed(StudyFigure):
                 recipe.evaluation(recipe.sft(rung), 0, greedy=True),
             )
         ]
-        return tuple(dict.fromkeys([*ladder_specs, *self.reward_models().values(), *self.gains().specs()]))
-
-
-__all__ = ["BestOfN", "ParamsError", "PolicySize", "StudyFigure", "TestBed"]
+        best = [item for seed in self.seeds for item in self.best_of_eight(seed)]
+        return tuple(dict.fromkeys([*ladder_specs, *self.reward_models().values(), *best, *self.gains().specs()]))

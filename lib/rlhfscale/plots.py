@@ -183,9 +183,9 @@ def test_bed(runs: pd.DataFrame, summary: pd.DataFrame) -> Figure:
 
     Args:
         runs: ``rung``, ``num_params``, ``train_flops``, ``family``, ``num_pairs``, ``seed``, ``metric``, ``value``
-            (cells that do not apply are empty). Metrics: ``heldout_loss`` (by ``train_flops``), ``sampled_exact`` and
-            ``greedy_exact`` (by ``num_params`` and ``family``), ``pairwise_accuracy`` (by the reward model's ``rung``,
-            ``num_params`` and ``num_pairs``).
+            (cells that do not apply are empty). Metrics: ``excess_loss``, held-out loss above the demonstrators'
+            entropy (by ``train_flops``), ``sampled_exact`` and ``greedy_exact`` (by ``num_params`` and ``family``),
+            ``pairwise_accuracy`` (by the reward model's ``rung``, ``num_params`` and ``num_pairs``).
         summary: the common columns and those of ``runs``; the same quantities, and ``loss_fit`` (curve and band on a
             grid of ``train_flops``), ``loss_exponent`` and ``loss_r2`` (one row each).
     """
@@ -194,8 +194,8 @@ def test_bed(runs: pd.DataFrame, summary: pd.DataFrame) -> Figure:
     ladder = runs.dropna(subset=["num_params"])
     colors = size_colors(dict(zip(ladder["rung"], ladder["num_params"], strict=True)))
 
-    points = _rows(summary, "heldout_loss")
-    seeds = runs[runs["metric"] == "heldout_loss"]
+    points = _rows(summary, "excess_loss")
+    seeds = runs[runs["metric"] == "excess_loss"]
     _band(loss, _rows(summary, "loss_fit"), "train_flops", "0.35", linestyle="--")
     for row in points.itertuples():
         _dots(loss, seeds[seeds["rung"] == row.rung], "train_flops", colors[row.rung])
@@ -204,7 +204,7 @@ def test_bed(runs: pd.DataFrame, summary: pd.DataFrame) -> Figure:
     text = f"exponent {exponent.estimate:.2f} [{exponent.ci_low:.2f}, {exponent.ci_high:.2f}]\nR² = {r2.estimate:.3f}"
     loss.text(0.97, 0.97, text, transform=loss.transAxes, ha="right", va="top", fontsize=7)
     loss.set(xscale="log", yscale="log", title="(a) loss against compute", xlabel="pretraining compute (FLOPs)")
-    loss.set_ylabel("held-out loss (nats/token)")
+    loss.set_ylabel("loss above entropy (nats/token)")
     low, high = loss.get_ylim()
     ticks = [t for t in MaxNLocator(6).tick_values(low, high) if low <= t <= high]
     loss.set_yticks(ticks, [f"{t:g}" for t in ticks])

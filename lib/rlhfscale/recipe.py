@@ -36,9 +36,7 @@ class Recipe(BaseModel):
     reward_lr_width: float = Field(gt=0, description="AdamW rate, times the width")
     reward_muon_lr: float = Field(gt=0, description="Muon rate of the matrices")
     reward_lora_rank: int = Field(ge=0, description="0 trains all weights of the reward model")
-    reward_readout: Literal["last", "sum"] = Field(
-        description="where the score head is read: last token, or all summed"
-    )
+    reward_readout: Literal["last", "sum"] = Field(description="score read at the last token, or summed over all")
     ppo_updates: int = Field(ge=1, description="PPO updates")
     ppo_prompts: int = Field(ge=1, description="prompts in an update")
     ppo_responses: int = Field(ge=1, description="responses to each of them")

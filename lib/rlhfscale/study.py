@@ -17,12 +17,10 @@ from rlhfscale import ladder, tasks
 from rlhfscale.data.responses import Responses
 from rlhfscale.evals import best_of_n as bon
 from rlhfscale.figures import BestOfN, PolicySize, StudyFigure, TestBed
-from rlhfscale.params import FigureParams
-from rlhfscale.paths import current_tier
 from rlhfscale.results import ResultsFolder, summary_row
 from rlhfscale.spec import Spec
-from rlhfscale.stats import claims
 from rlhfscale.stats.bootstrap import Interval, bootstrap, nested_bootstrap
+from rlhfscale.stats.claims import CLAIMS, ClaimResult, judge
 from rlhfscale.stats.fits import fit_power_law, fit_slope, fit_with_intervals, slope_per_doubling
 
 Folders = Mapping[Spec, Path]
@@ -45,13 +43,13 @@ class Tables:
     runs: pd.DataFrame
     summary: pd.DataFrame
     per_prompt: pd.DataFrame
-    claims: tuple[claims.ClaimResult, ...] = ()
+    claims: tuple[ClaimResult, ...] = ()
     extra: dict[str, pd.DataFrame] = field(default_factory=dict)
 
 
 def save(P: StudyFigure, tables: Tables, figure: Any, folders: Folders, wall_s: float) -> Path:
     """Write everything of a figure to results/<tier>/<figure>/ and return that folder."""
-    folder = ResultsFolder(P.figure)
+    folder = ResultsFolder(P.figure, tier=P.recipe)
     folder.write_runs(tables.runs)
     folder.write_summary(tables.summary)
     folder.write_per_prompt(tables.per_prompt)
@@ -63,7 +61,7 @@ def save(P: StudyFigure, tables: Tables, figure: Any, folders: Folders, wall_s: 
     ancestors = {spec.key: spec for root in P.specs() for spec in root.walk()}
     store = Path(folders[P.specs()[0]]).parent.parent
     folder.write_manifest(
-        P.resolved(),
+        P.resolved() | {"recipe_settings": P.settings.model_dump(mode="json")},
         {key: store / spec.stage / key for key, spec in ancestors.items()},
         command=command(P),
         seeds=P.seeds,
@@ -72,9 +70,20 @@ def save(P: StudyFigure, tables: Tables, figure: Any, folders: Folders, wall_s: 
     return folder.path
 
 
-def command(P: FigureParams) -> str:
-    """The command that makes a figure of the current tier."""
-    return f"make figures TIER={current_tier()} FIGURE={P.figure}"
+def command(P: StudyFigure) -> str:
+    """The command that makes a figure."""
+    return f"make figures TIER={P.recipe} FIGURE={P.figure}"
+
+
+def verdicts(tables: Tables) -> pd.DataFrame:
+    """The claims' verdicts, for reading in a notebook."""
+    rows = []
+    for result in tables.claims:
+        about = result.to_json()
+        interval = f"[{about['ci_low']:.4f}, {about['ci_high']:.4f}]"
+        rule = CLAIMS[result.claim_id].rule.describe()
+        rows.append([result.claim_id, about["statement"], f"{about['estimate']:.4f}", interval, rule, result.verdict])
+    return pd.DataFrame(rows, columns=["claim", "statement", "estimate", "95% interval", "reproduced if", "verdict"])
 
 
 def policy_size(P: PolicySize, folders: Folders) -> Tables:
@@ -113,7 +122,7 @@ def policy_size(P: PolicySize, folders: Folders) -> Tables:
     headroom = nested_bootstrap(both, lambda m: (m[1] - m[0]) / (1 - m[0]), rng=_rng(), on="means")
     summary += _by_rung("gain_per_headroom", P.policy_rungs, headroom)
     slope = nested_bootstrap(gain, lambda means: slope_per_doubling(sizes, means), rng=_rng(), on="means")
-    result = claims.judge("C1", slope)
+    result = judge("C1", slope)
     summary.append(summary_row("gain_slope", slope) | {"verdict": result.verdict})
     summary += _band_rows("gain_fit", "num_params", fit_with_intervals(fit_slope, sizes, gain, rng=_rng()), slope)
     return Tables(rows.table(), pd.DataFrame(summary), pd.concat(prompts), (result,))
@@ -155,7 +164,7 @@ def best_of_n(P: BestOfN, folders: Folders) -> Tables:
             summary.append(summary_row(name, part, num_responses=size))
     reference = np.moveaxis(curves["best_of_n"][P.reward_model_rungs.index(P.reference_rung)], -1, 0)
     difference = nested_bootstrap(reference, lambda m: _early_minus_late(P, m), rng=_rng(), on="means")
-    result = claims.judge("C6", difference)
+    result = judge("C6", difference)
     row = summary_row("early_minus_late_gain", difference, reward_model=P.reference_rung)
     summary.append(row | {"verdict": result.verdict})
     return Tables(rows.table(), pd.DataFrame(summary), pd.concat(prompts), (result,))
@@ -260,9 +269,8 @@ def _reward_model_accuracy(
     found: dict[tuple[str, int], list[np.ndarray]] = {}
     num_pairs: dict[tuple[str, int], list[float]] = {}
     for (rung, count, _), spec in P.reward_models().items():
-        accuracy = load_file(folders[spec] / "held_out.safetensors")["pair_accuracy"].T  # [prompt, label rung]
-        values = np.nanmean(accuracy, axis=1) if accuracy.shape[1] > 1 else accuracy[:, 0]
-        found.setdefault((rung, count), []).append(values)
+        held_out = load_file(folders[spec] / "held_out.safetensors")
+        found.setdefault((rung, count), []).append(held_out["pair_accuracy"].ravel())
         num_pairs.setdefault((rung, count), []).append(
             int(load_file(folders[spec] / "held_out.safetensors")["num_pairs"])
         )
@@ -358,7 +366,7 @@ def training_metrics(P: PolicySize, folders: Folders) -> pd.DataFrame:
 class _Runs:
     """Collects the rows of runs.csv."""
 
-    def __init__(self, P: FigureParams):
+    def __init__(self, P: StudyFigure):
         self._common = {"figure": P.figure, "command": command(P)}
         self._rows: list[dict[str, Any]] = []
 

@@ -203,7 +203,9 @@ def train(
             raise lm.Diverged(f"step {step}: reward-model loss is {loss.item()}; lower the learning rate")
         trained.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_([p for p in trained.parameters() if p.requires_grad], 1.0)
+        norm = nn.utils.clip_grad_norm_([p for p in trained.parameters() if p.requires_grad], 1.0)
+        if not torch.isfinite(norm):
+            raise lm.Diverged(f"step {step}: reward-model gradient norm is {norm.item()}; lower the learning rate")
         for optimizer in chosen:
             optimizer.step()
         accuracy = float(np.nanmean(pair_accuracy(scores.detach().numpy(), gold)))
