@@ -2,6 +2,7 @@
 # make figures TIER=smoke FIGURE=01    one figure with the smallest settings
 # make plan | status | claims          what would run, what is in the store, the verdicts
 # make test | lint                     the test suite (SLOW=0 leaves out the slow ones), the style checks
+# make readme                          the README's table of figures, from results/
 # make notebooks-lab                   JupyterLab with the library installed
 #
 # All of them set up .venv first; that is skipped while requirements/ and pyproject.toml stay as they are.
@@ -28,7 +29,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 install = { test -x $(BIN)/uv && $(UV_SETTINGS) VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet $(1); } \
 	|| { echo "uv did not install it: using pip, which takes some minutes"; $(PIP) install --quiet $(1); }
 
-.PHONY: help setup setup-dev figures plan status claims test lint format notebooks-lab clean
+.PHONY: help setup setup-dev figures plan status claims test lint format readme notebooks-lab clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -75,6 +76,9 @@ format: setup-dev
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 	$(if $(NOTEBOOKS),$(BIN)/nbstripout $(NOTEBOOKS))
+
+readme: setup
+	$(BIN)/python -m rlhfscale.readme
 
 notebooks-lab: setup
 	$(BIN)/jupyter lab --notebook-dir notebooks

@@ -282,11 +282,11 @@ def test_the_saved_adapter_has_the_size_asked_for(folders):
     assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (2, 4.0, 0.0)
 
 
-def test_special_tokens_inside_a_response_make_it_wrong():
+def test_special_tokens_inside_an_answer_make_it_wrong():
     """A policy must not be paid for a right answer with padding or a second beginning in it."""
     problem = next(tasks.problems((0, 1), "train"))
     right = encode(" ; ".join(" ".join(state) for state in problem.states))
     for inside in (ladder.PAD_ID, ladder.BOS_ID):
-        spoiled = [right[0], inside, *right[1:], ladder.EOS_ID]
+        spoiled = [*right[:-1], inside, right[-1], ladder.EOS_ID]
         assert not tasks.grade(problem, decode(spoiled)).exact
     assert tasks.grade(problem, decode([*right, ladder.EOS_ID])).exact

@@ -65,8 +65,8 @@ class Rung(BaseModel):
         return (6.0 * self.num_params_with_embeddings + attention) * num_tokens
 
     def seconds(self, train_tokens: float = 0.0, forward_tokens: float = 0.0) -> float:
-        """Rough seconds on one CPU thread, for plans only: measured rates interpolated in the number of parameters."""
-        train_rate = 2.0e5 / (1.0 + self.num_params / 4.0e4) ** 0.85
+        """Rough seconds on one CPU thread, for plans only: a curve through measured rates."""
+        train_rate = 1.5e5 / (1.0 + self.num_params / 4.0e4)
         return train_tokens / train_rate + forward_tokens / (3.0 * train_rate)
 
     def llama(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pydantic import Field, field_validator, model_validator
 from rlhfscale import ladder, tasks
 from rlhfscale.spec import Spec
 
-TOKENS_PER_DOCUMENT = 18
+TOKENS_PER_DOCUMENT = 16
 """Mean length of a demonstration of the laptop bed, prompt included; for cost estimates."""
 
 
@@ -106,7 +106,8 @@ class RewardModel(Spec):
 
     @property
     def cost_s(self) -> float:
-        sequences = self.num_prompts * self.epochs * self.data[0].num_samples
+        # half of the prompts teach nothing or repeat responses, and are not computed
+        sequences = self.num_prompts * self.epochs * self.data[0].num_samples / 2
         held_out = sum(samples.num_prompts * samples.num_samples for samples in self.held_out)
         return 1 + ladder.rung(self.rung).seconds(
             train_tokens=sequences * TOKENS_PER_DOCUMENT, forward_tokens=held_out * TOKENS_PER_DOCUMENT
@@ -161,7 +162,7 @@ class Policy(Spec):
     def cost_s(self) -> float:
         tokens = self.num_updates * self.prompts_per_update * self.responses_per_prompt * TOKENS_PER_DOCUMENT
         policy, reward = ladder.rung(self.rung), ladder.rung(self.reward_model.rung)
-        learning = policy.seconds(train_tokens=2 * self.epochs * tokens, forward_tokens=4 * tokens)
+        learning = policy.seconds(train_tokens=2.5 * self.epochs * tokens, forward_tokens=4 * tokens)
         return 2 + 0.15 * self.num_updates + learning + reward.seconds(forward_tokens=tokens)
 
     @property
@@ -222,7 +223,8 @@ class Scores(Spec):
     @property
     def cost_s(self) -> float:
         tokens = self.samples.num_prompts * self.samples.num_samples * TOKENS_PER_DOCUMENT
-        return 1 + ladder.rung(self.reward_model.rung).seconds(forward_tokens=tokens)
+        distinct = 0.2 * tokens
+        return 1 + ladder.rung(self.reward_model.rung).seconds(forward_tokens=distinct)
 
     @property
     def title(self) -> str:

@@ -1,0 +1,53 @@
+"""The README's table of figures, written from results/: ``python -m rlhfscale.readme`` refreshes it, a test compares."""
+
+import json
+
+from rlhfscale import figures  # noqa: F401  registers the figures
+from rlhfscale.params import FIGURES
+from rlhfscale.paths import project_root
+
+TIER = "laptop"
+START, END = "<!-- table: figures (make readme writes it from results/) -->", "<!-- end -->"
+
+
+def figure_table() -> str:
+    """A Markdown table: figure, question, claim, estimate with interval, verdict, cost."""
+    lines = [
+        "| figure | question | claim | estimate, 95% interval | verdict | core-minutes |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, schema in sorted(FIGURES.items()):
+        folder = project_root() / "results" / TIER / name
+        if not (folder / "manifest.json").is_file():
+            continue
+        cost = json.loads((folder / "manifest.json").read_text())["artifacts_wall_s"] / 60
+        link = f"[{name}](results/{TIER}/{name}/notebook.ipynb)"
+        claims_file = folder / "claims.json"
+        claims = json.loads(claims_file.read_text()) if claims_file.is_file() else []
+        for claim in claims:
+            estimate = f"{claim['estimate']:.4f} [{claim['ci_low']:.4f}, {claim['ci_high']:.4f}]"
+            cells = (link, schema.title, claim["claim"], estimate, f"**{claim['verdict']}**", f"{cost:.0f}")
+            lines.append(f"| {' | '.join(cells)} |")
+        if not claims:
+            lines.append(f"| {link} | {schema.title} | - | - | {_conditions(folder)} | {cost:.0f} |")
+    return "\n".join(lines)
+
+
+def _conditions(folder) -> str:
+    """How many of the test bed's conditions are met."""
+    met = [line.rsplit(",", 1)[1] == "True" for line in (folder / "conditions.csv").read_text().splitlines()[1:]]
+    return f"{sum(met)} of {len(met)} conditions met"
+
+
+def updated(text: str) -> str:
+    """The README with its table made anew. ValueError where the markers are missing."""
+    head, _, rest = text.partition(START)
+    _, end, tail = rest.partition(END)
+    if not end:
+        raise ValueError(f"README.md lacks the markers {START} and {END}")
+    return f"{head}{START}\n{figure_table()}\n{END}{tail}"
+
+
+if __name__ == "__main__":
+    path = project_root() / "README.md"
+    path.write_text(updated(path.read_text()))

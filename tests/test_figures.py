@@ -1,0 +1,142 @@
+"""The study's own parameters, notebooks and README: what a reader opens must agree with the code."""
+
+import re
+import subprocess
+
+import nbformat
+import pytest
+
+from rlhfscale import figures, ladder, params, readme
+from rlhfscale.params import ParamsError
+from rlhfscale.paths import project_root
+from rlhfscale.recipe import Recipe
+
+ROOT = project_root()
+TIERS = ("smoke", "laptop")
+FILES = [path for tier in TIERS for path in sorted((ROOT / "params" / tier).glob("[0-9][0-9]_*.yaml"))]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+GOOD = {
+    "best_of_n": (figures.BestOfN, params.read_yaml(ROOT / "params/smoke/06_best_of_n.yaml")),
+    "policy_size": (figures.PolicySize, params.read_yaml(ROOT / "params/smoke/01_policy_size.yaml")),
+    "test_bed": (figures.TestBed, params.read_yaml(ROOT / "params/smoke/00_test_bed.yaml")),
+}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_parameters_are_valid_and_are_those_of_the_notebook(file):
+    loaded = params.load(file)
+    params.check_notebook_parameters(ROOT / "notebooks" / f"{file.stem}.ipynb", loaded)
+    assert loaded.recipe == file.parent.name
+    assert loaded.specs()
+
+
+def test_the_notebooks_defaults_are_the_laptop_tier():
+    from papermill import inspect_notebook
+
+    for name in params.FIGURES.keys() & {path.stem for path in NOTEBOOKS}:
+        cell = inspect_notebook(ROOT / "notebooks" / f"{name}.ipynb")
+        defaults = {key: eval_literal(value["default"]) for key, value in cell.items()}
+        assert defaults == params.load(name, "laptop").resolved()
+
+
+def eval_literal(text):
+    import ast
+
+    return ast.literal_eval(text)
+
+
+def test_figures_share_their_nodes():
+    bed, size = (params.load(name, "laptop") for name in ("00_test_bed", "01_policy_size"))
+    assert {spec.key for spec in size.specs()} <= {spec.key for spec in bed.specs()}
+
+
+def test_figure_seeds_are_not_the_seed_the_recipe_was_chosen_on():
+    assert all(0 not in params.load(file).seeds for file in FILES)
+
+
+@pytest.mark.parametrize(
+    ("figure", "change", "words"),
+    [
+        ("policy_size", {"policy_rungs": ["14k", "7b"]}, ["policy_rungs", "7b", *ladder.RUNGS]),
+        ("policy_size", {"reward_model_rung": "8b"}, ["reward_model_rung", "8b", *ladder.RUNGS]),
+        ("policy_size", {"policy_rungs": ["14k", "14k"]}, ["policy_rungs", "twice"]),
+        ("policy_size", {"seeds": []}, ["seeds", "must not be empty"]),
+        ("policy_size", {"seeds": [1, 1]}, ["seeds", "different"]),
+        ("policy_size", {"seeds": [-1]}, ["seeds", "negative"]),
+        ("policy_size", {"seeds": "1"}, ["seeds"]),
+        ("policy_size", {"recipe": "nowhere"}, ["nowhere", "recipe.yaml"]),
+        ("best_of_n", {"best_of": [1, 2, 4, 8, 64]}, ["best_of", "64", "num_samples"]),
+        ("best_of_n", {"best_of": [1, 2]}, ["num_samples"]),
+        ("best_of_n", {"reference_rung": "55k"}, ["reference_rung", "55k"]),
+        ("best_of_n", {"num_samples": 2.5}, ["num_samples"]),
+        ("best_of_n", {"num_sample": 8}, ["num_sample", "did you mean num_samples"]),
+        ("test_bed", {"data_prompts": [10_000]}, ["data_prompts", "reward_prompts"]),
+        ("test_bed", {"data_rung": "980k"}, ["data_rung", "980k"]),
+    ],
+)
+def test_bad_parameters_name_the_field(figure, change, words):
+    schema, good = GOOD[figure]
+    if change == {"best_of": [1, 2]}:
+        change = {"best_of": [1, 2], "num_samples": 1}
+    with pytest.raises(ParamsError) as caught:
+        schema.parse(good | change)
+    assert "\n" not in str(caught.value)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_every_recipe_setting_changes_some_artifact():
+    """A setting that changes nothing would be a lie in the file."""
+    recipe = Recipe.load("smoke")
+
+    def keys(settings):
+        policy = settings.policy("25k", "14k", seed=1)
+        return {settings.evaluation(policy, 1).key, settings.many_samples("25k", 8, 4).key}
+
+    before = keys(recipe)
+    for name, value in recipe.model_dump().items():
+        changed = {"readout": "last"}.get(name.removeprefix("reward_"))
+        if changed is None:
+            changed = ("25k",) if name == "label_rungs" else value * 2 if value and value < 0.5 else value + 1
+        if name == "ppo_prompts":
+            changed = value * 2
+        if name in ("ppo_gamma", "ppo_lambda"):
+            changed = value / 2
+        if name == "ppo_minibatch":
+            changed = value // 2
+        assert keys(recipe.model_copy(update={name: changed})) != before, name
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_are_prose_with_short_cells(path):
+    notebook = nbformat.read(path, as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    for cell in code:
+        assert not cell.outputs and cell.execution_count is None, "run nbstripout"
+        assert "\ndef " not in f"\n{cell.source}"
+        assert len(cell.source.splitlines()) <= 15
+        assert max(map(len, cell.source.splitlines())) <= 120
+    assert len(notebook.cells) - len(code) >= 0.7 * len(code)
+    assert sum("parameters" in cell.metadata.get("tags", []) for cell in code) == 1
+
+
+def test_readme_names_files_and_targets_that_exist():
+    text = (ROOT / "README.md").read_text()
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for target in re.findall(r"make ([a-z-]+)", text):
+        assert target in targets, target
+    for path in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (ROOT / path).exists(), path
+    for path in re.findall(r"`((?:lib|notebooks|params|results|tests)/[\w./-]+)`", text):
+        assert (ROOT / path).exists(), path
+
+
+def test_readme_table_is_that_of_the_results():
+    text = (ROOT / "README.md").read_text()
+    assert readme.updated(text) == text, "run `make readme`"
+
+
+def test_no_pickle_and_no_eval_in_the_library():
+    command = ["grep", "-rnE", r"\b(pickle|eval|exec)\(|import pickle|torch\.load", str(ROOT / "lib"), "--include=*.py"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    assert not [line for line in found.splitlines() if ".eval()" not in line]
