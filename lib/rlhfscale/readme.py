@@ -1,4 +1,4 @@
-"""The README's table of figures, written from results/: ``python -m rlhfscale.readme`` refreshes it, a test compares."""
+"""The README's table of figures, from results/: ``python -m rlhfscale.readme`` refreshes it, a test compares."""
 
 import json
 
