@@ -73,7 +73,7 @@ class ResultsFolder:
         _require_finite(runs, "value", "runs")
         order = ["figure", "metric", "num_params", *conditions, "seed", "node"]
         columns = [*RUNS_COLUMNS[:5], *conditions, *RUNS_COLUMNS[5:]]
-        return self._write_table("runs.csv", runs[columns].sort_values(order, kind="stable"))
+        return self.write_table("runs.csv", runs[columns].sort_values(order, kind="stable"))
 
     def write_summary(self, summary: pd.DataFrame) -> Path:
         """Write summary.csv; columns: :data:`SUMMARY_COLUMNS` and conditions. ValueError as :meth:`write_runs`."""
@@ -81,7 +81,7 @@ class ResultsFolder:
         _require(summary, SUMMARY_COLUMNS, "summary")
         _require_finite(summary, "estimate", "summary")
         columns = [SUMMARY_COLUMNS[0], *conditions, *SUMMARY_COLUMNS[1:]]
-        return self._write_table("summary.csv", summary[columns].sort_values(["quantity", *conditions], kind="stable"))
+        return self.write_table("summary.csv", summary[columns].sort_values(["quantity", *conditions], kind="stable"))
 
     def write_per_prompt(self, values: pd.DataFrame) -> Path:
         """Write per_prompt.csv.gz; columns: :data:`PER_PROMPT_COLUMNS` and conditions."""
@@ -157,7 +157,8 @@ class ResultsFolder:
         }
         return self._write_json("manifest.json", manifest)
 
-    def _write_table(self, name: str, table: pd.DataFrame) -> Path:
+    def write_table(self, name: str, table: pd.DataFrame) -> Path:
+        """Write a further table of the figure."""
         return self._write(name, _csv(table))
 
     def _write_json(self, name: str, value: Any) -> Path:

@@ -7,7 +7,7 @@ prompt's samples first; intervals then resample seeds and prompts (see `stats.bo
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -22,6 +22,9 @@ from rlhfscale.spec import Spec
 from rlhfscale.stats.bootstrap import Interval, bootstrap, nested_bootstrap
 from rlhfscale.stats.claims import CLAIMS, ClaimResult, judge
 from rlhfscale.stats.fits import fit_power_law, fit_slope, fit_with_intervals, slope_per_doubling
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Folders = Mapping[Spec, Path]
 BOOTSTRAP_SEED = 20241209
@@ -47,15 +50,24 @@ class Tables:
     extra: dict[str, pd.DataFrame] = field(default_factory=dict)
 
 
-def save(P: StudyFigure, tables: Tables, figure: Any, folders: Folders, wall_s: float) -> Path:
-    """Write everything of a figure to results/<tier>/<figure>/ and return that folder."""
+def save(P: StudyFigure, tables: Tables, pictures: Mapping[str, "Figure"], folders: Folders, wall_s: float) -> Path:
+    """Write everything of a figure to results/<tier>/<figure>/ and return that folder.
+
+    Args:
+        P: the figure's parameters; their recipe names the tier.
+        tables: what `policy_size`, `best_of_n` or `test_bed` returned.
+        pictures: matplotlib figures by file name without suffix.
+        folders: artifact folders by spec.
+        wall_s: seconds that the notebook took, for the manifest.
+    """
     folder = ResultsFolder(P.figure, tier=P.recipe)
     folder.write_runs(tables.runs)
     folder.write_summary(tables.summary)
     folder.write_per_prompt(tables.per_prompt)
     for name, table in tables.extra.items():
-        table.to_csv(folder.path / name, index=False, float_format="%.6g", lineterminator="\n")
-    folder.write_figure(figure)
+        folder.write_table(name, table)
+    for name, picture in pictures.items():
+        folder.write_figure(picture, name)
     if tables.claims:
         folder.write_claims(tables.claims)
     ancestors = {spec.key: spec for root in P.specs() for spec in root.walk()}
@@ -219,7 +231,7 @@ def test_bed(P: TestBed, folders: Folders) -> Tables:
     gain_rows = gains.summary[gains.summary["quantity"] == "gain"]
     conditions = _conditions(P, fit.r2_log, accuracy, pairs, best, gain_rows)
     summary += [summary_row("best_of_8_minus_mean", best, rung=P.data_rung)]
-    summary += [row.rename({"quantity": "quantity"}).dropna().to_dict() for _, row in gain_rows.iterrows()]
+    summary += gain_rows.dropna(axis=1).to_dict("records")
     return Tables(rows.table(), pd.DataFrame(summary), pd.concat(prompts), extra={"conditions.csv": conditions})
 
 
@@ -265,33 +277,27 @@ def _ladder_accuracy(P: TestBed, folders: Folders, rows: "_Runs", summary: list,
 def _reward_model_accuracy(
     P: TestBed, folders: Folders, rows: "_Runs", summary: list, prompts: list
 ) -> dict[tuple[str, int], Interval]:
-    """Interval of the accuracy within a prompt, by rung and number of labelled prompts."""
-    found: dict[tuple[str, int], list[np.ndarray]] = {}
-    num_pairs: dict[tuple[str, int], list[float]] = {}
-    for (rung, count, _), spec in P.reward_models().items():
-        held_out = load_file(folders[spec] / "held_out.safetensors")
-        found.setdefault((rung, count), []).append(held_out["pair_accuracy"].ravel())
-        num_pairs.setdefault((rung, count), []).append(
-            int(load_file(folders[spec] / "held_out.safetensors")["num_pairs"])
-        )
-    valid = ~np.isnan(np.array([values for seeds in found.values() for values in seeds])).any(axis=0)
-    for (rung, count), seeds in found.items():
-        pairs = round(float(np.mean(num_pairs[rung, count])))
-        for seed, values in zip(P.seeds, seeds, strict=True):
-            spec = P.reward_models()[rung, count, seed]
-            about = {"rung": rung, "num_pairs": pairs, "labelled_prompts": count}
-            metrics = {"pairwise_accuracy": values[valid].mean()}
-            rows.add(spec, metrics, seed=seed, num_prompts=int(valid.sum()), **about)
-            prompts.append(_per_prompt(spec, seed, "pairwise_accuracy", values[valid]))
+    """Interval of the accuracy within a prompt, by rung and number of labelled prompts.
+
+    A prompt counts where its responses have unequal gold; that depends on the responses alone, not on the model.
+    """
+    specs = P.reward_models()
+    held_out = {cell: load_file(folders[spec] / "held_out.safetensors") for cell, spec in specs.items()}
+    accuracy = {cell: found["pair_accuracy"].ravel() for cell, found in held_out.items()}
+    counts = ~np.isnan(next(iter(accuracy.values())))
+    num_pairs: dict[tuple[str, int], int] = {}
+    for (rung, labelled, seed), spec in specs.items():
+        values = accuracy[rung, labelled, seed][counts]
+        # seeds label prompts of their own, so their numbers of pairs differ a little: name a cell by the first seed's
+        pairs = num_pairs.setdefault((rung, labelled), int(held_out[rung, labelled, seed]["num_pairs"]))
+        about = {"num_pairs": pairs, "labelled_prompts": labelled, "seed": seed, "num_prompts": len(values)}
+        rows.add(spec, {"pairwise_accuracy": values.mean()}, rung=rung, **about)
+        prompts.append(_per_prompt(spec, seed, "pairwise_accuracy", values))
     intervals = {}
-    for (rung, count), seeds in found.items():
-        interval = nested_bootstrap(np.array(seeds)[:, valid], np.mean, rng=_rng(), on="means")
-        intervals[rung, count] = interval
-        about = {
-            "rung": rung,
-            "num_params": ladder.rung(rung).num_params,
-            "num_pairs": round(float(np.mean(num_pairs[rung, count]))),
-        }
+    for (rung, labelled), pairs in num_pairs.items():
+        values = np.array([accuracy[rung, labelled, seed][counts] for seed in P.seeds])
+        interval = intervals[rung, labelled] = nested_bootstrap(values, np.mean, rng=_rng(), on="means")
+        about = {"rung": rung, "num_params": ladder.rung(rung).num_params, "num_pairs": pairs}
         summary.append(summary_row("pairwise_accuracy", interval, **about))
     return intervals
 
