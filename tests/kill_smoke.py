@@ -2,8 +2,8 @@
 
     python tests/kill_smoke.py --kills 10 --seed 0
 
-Takes some minutes, so it is no part of the test suite, which does the same on toy stages (tests/test_grid.py). Linux only:
-the processes of a run are found in /proc by a mark in their environment.
+Takes some minutes, so it is no part of the test suite, which does the same on toy stages (tests/test_grid.py). Linux
+only: the processes of a run are found in /proc by a mark in their environment.
 """
 
 import argparse
@@ -74,7 +74,7 @@ def main() -> None:
             print(f"kill {kill + 1} after {moment:.1f} s: {count} processes, {artifacts} artifacts so far", flush=True)
         assert start(Path(killed), "none").wait() == 0
         store = Store(Path(killed) / "store")
-        keys = [path.name for path in store.root.glob("*/*-*") if path.parent.name not in ("tmp", "locks", "logs")]
+        keys = [manifest["artifact"] for manifest in store.artifacts()]
         bad = [key for key in keys if not store.verify(key)]
         same = tables(Path(undisturbed)) == tables(Path(killed))
         print(f"{len(keys)} artifacts, {len(bad)} corrupted; tables {'identical' if same else 'DIFFERENT'}")
