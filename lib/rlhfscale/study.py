@@ -190,14 +190,15 @@ def _early_minus_late(P: BestOfN, means: np.ndarray) -> float:
 
 
 def _standardised_gold(gold: np.ndarray, proxy: np.ndarray, sizes: list[int]) -> np.ndarray:
-    """Gold of the chosen response, in standard deviations of single responses above their mean."""
-    return bon.best_of_n(np.broadcast_to((gold - gold.mean()) / gold.std(), proxy.shape), proxy, sizes)
+    """Gold of the chosen response above that of one response to the same prompt, in s.d. of single responses."""
+    curve = bon.best_of_n(np.broadcast_to(gold / gold.std(), proxy.shape), proxy, sizes)
+    return curve - curve[..., [sizes.index(1)]]
 
 
 def _standardised_proxy(proxy: np.ndarray, sizes: list[int]) -> np.ndarray:
-    """Proxy of the chosen response, in standard deviations of each reward model's single scores above their mean."""
-    mean, std = (statistic(proxy, axis=(2, 3), keepdims=True) for statistic in (np.mean, np.std))
-    return bon.expected_proxy((proxy - mean) / std, sizes)
+    """Proxy of the chosen response above that of one response, in s.d. of each reward model's single scores."""
+    curve = bon.expected_proxy(proxy / proxy.std(axis=(2, 3), keepdims=True), sizes)
+    return curve - curve[..., [sizes.index(1)]]
 
 
 def _votes(responses: Responses, sizes: list[int]) -> dict[str, np.ndarray]:
