@@ -6,7 +6,7 @@ import subprocess
 import nbformat
 import pytest
 
-from rlhfscale import figures, ladder, params, readme
+from rlhfscale import figures, ladder, params, readme, specs, study
 from rlhfscale.params import ParamsError
 from rlhfscale.paths import project_root
 from rlhfscale.recipe import Recipe
@@ -50,8 +50,12 @@ def test_figures_share_their_nodes():
     assert {spec.key for spec in size.specs()} <= {spec.key for spec in bed.specs()}
 
 
-def test_figure_seeds_are_not_the_seed_the_recipe_was_chosen_on():
-    assert all(0 not in params.load(file).seeds for file in FILES)
+def test_figures_use_neither_the_seed_nor_the_prompts_the_recipe_was_chosen_on():
+    for file in FILES:
+        loaded = params.load(file)
+        assert 0 not in loaded.seeds
+        evaluations = [spec for spec in loaded.specs() if isinstance(spec, specs.Samples)]
+        assert evaluations and all(spec.prompt_seed != 0 for spec in evaluations)
 
 
 @pytest.mark.parametrize(
@@ -61,28 +65,62 @@ def test_figure_seeds_are_not_the_seed_the_recipe_was_chosen_on():
         ("policy_size", {"reward_model_rung": "8b"}, ["reward_model_rung", "8b", *ladder.RUNGS]),
         ("policy_size", {"policy_rungs": ["14k", "14k"]}, ["policy_rungs", "twice"]),
         ("policy_size", {"seeds": []}, ["seeds", "must not be empty"]),
+        ("policy_size", {"seeds": [1]}, ["seeds", "at least 2"]),
         ("policy_size", {"seeds": [1, 1]}, ["seeds", "different"]),
         ("policy_size", {"seeds": [-1]}, ["seeds", "negative"]),
         ("policy_size", {"seeds": "1"}, ["seeds"]),
         ("policy_size", {"recipe": "nowhere"}, ["nowhere", "recipe.yaml"]),
-        ("best_of_n", {"best_of": [1, 2, 4, 8, 64]}, ["best_of", "64", "num_samples"]),
-        ("best_of_n", {"best_of": [1, 2]}, ["num_samples"]),
+        ("best_of_n", {"best_of": [1, 2, 4, 8, 128]}, ["best_of", "128", "num_samples"]),
+        ("best_of_n", {"best_of": [1, 2, 4, 8]}, ["best_of", "at least 64"]),
+        ("best_of_n", {"best_of": [1, 64]}, ["best_of", "lacks", "8"]),
+        ("best_of_n", {"best_of": [1, 1, 8, 64]}, ["best_of", "twice"]),
         ("best_of_n", {"reference_rung": "55k"}, ["reference_rung", "55k"]),
         ("best_of_n", {"num_samples": 2.5}, ["num_samples"]),
         ("best_of_n", {"num_sample": 8}, ["num_sample", "did you mean num_samples"]),
         ("test_bed", {"data_prompts": [10_000]}, ["data_prompts", "reward_prompts"]),
         ("test_bed", {"data_rung": "980k"}, ["data_rung", "980k"]),
+        ("test_bed", {"policy_rungs": ["14k", "25k", "55k"]}, ["policy_rungs", "at least 4"]),
+        ("test_bed", {"gain_rungs": ["14k"]}, ["gain_rungs", "at least 2"]),
     ],
 )
 def test_bad_parameters_name_the_field(figure, change, words):
     schema, good = GOOD[figure]
-    if change == {"best_of": [1, 2]}:
-        change = {"best_of": [1, 2], "num_samples": 1}
     with pytest.raises(ParamsError) as caught:
         schema.parse(good | change)
     assert "\n" not in str(caught.value)
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("ppo_minibatch: 7", ["ppo_minibatch", "7", "64"]),
+        ("label_rungs: [1k]", ["label_rungs", "1k", *ladder.RUNGS]),
+        ("label_rungs: [14k, 14k]", ["label_rungs", "twice"]),
+        ("ppo_minibatches: 8", ["ppo_minibatches", "did you mean ppo_minibatch"]),
+        ("reward_readout: mean", ["reward_readout", "last", "sum"]),
+    ],
+)
+def test_bad_recipes_name_file_and_field(tmp_path, monkeypatch, line, words):
+    text = (ROOT / "params/smoke/recipe.yaml").read_text()
+    name = line.partition(":")[0]
+    text = re.sub(rf"^{name}:.*\n", "", text, flags=re.MULTILINE)
+    (tmp_path / "params" / "broken").mkdir(parents=True)
+    (tmp_path / "params" / "broken" / "recipe.yaml").write_text(f"{text}{line}\n")
+    monkeypatch.setattr("rlhfscale.recipe.project_root", lambda: tmp_path)
+    with pytest.raises(ParamsError, match=r"^params/broken/recipe.yaml: ") as caught:
+        Recipe.load("broken")
+    Recipe.load.cache_clear()
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_playing_with_parameters_leaves_a_tiers_results_alone():
+    committed = params.load("01_policy_size", "laptop")
+    played = figures.PolicySize(**committed.model_dump() | {"seeds": (1, 2)})
+    assert study.command(committed) == "make figures TIER=laptop FIGURE=01_policy_size"
+    assert "manifest.json" in study.command(played)
 
 
 def test_every_recipe_setting_changes_some_artifact():

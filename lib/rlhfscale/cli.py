@@ -26,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Tier = Annotated[str, typer.Option(help="Folder below params/: smoke, laptop, gpu or paper.")]
+Tier = Annotated[str, typer.Option(help="Folder below params/: smoke or laptop.")]
 Figures = Annotated[
     list[str] | None,
     typer.Option("--figure", help="A figure's name or number, such as 01. Repeat for several. [default: all]"),

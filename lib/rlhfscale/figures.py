@@ -15,7 +15,7 @@ class StudyFigure(FigureParams):
 
     recipe: str = field(role="fixed", doc="tier whose recipe.yaml holds every setting that is not varied here")
     seeds: tuple[int, ...] = field(
-        role="scientific", min_length=1, doc="each reseeds labels, reward model, policy training and evaluation samples"
+        role="scientific", min_length=2, doc="each reseeds labels, reward model, policy training and evaluation samples"
     )
 
     @model_validator(mode="after")
@@ -64,9 +64,13 @@ class BestOfN(StudyFigure):
         _check_rungs("reward_model_rungs", self.reward_model_rungs)
         if self.reference_rung not in self.reward_model_rungs:
             raise ValueError(f"reference_rung: {self.reference_rung!r} is not among reward_model_rungs")
+        if len(set(self.best_of)) < len(self.best_of):
+            raise ValueError(f"best_of: {list(self.best_of)} names a size twice")
         bad = [size for size in self.best_of if not 1 <= size <= self.num_samples]
         if bad:
             raise ValueError(f"best_of: {bad} must be from 1 to num_samples = {self.num_samples}")
+        if max(self.best_of) < 64:
+            raise ValueError("best_of: its largest size must be at least 64, so that early and late doublings differ")
         missing = [size for size in self.claim_sizes if size not in self.best_of]
         if missing:
             raise ValueError(f"best_of: lacks {missing}, which the statistic of C6 needs")
@@ -75,8 +79,7 @@ class BestOfN(StudyFigure):
     @property
     def claim_sizes(self) -> tuple[int, int, int, int]:
         """First and last N of the early and of the late range: 1 to 8, and the last three doublings."""
-        largest = max(self.best_of)
-        return 1, min(8, largest), max(1, largest // 8), largest
+        return 1, 8, max(self.best_of) // 8, max(self.best_of)
 
     @property
     def samples(self) -> specs.Samples:
@@ -131,14 +134,14 @@ class TestBed(StudyFigure):
     figure: ClassVar[str] = "00_test_bed"
     title: ClassVar[str] = "The laptop bed: what the ladder and the reward models can do"
 
-    policy_rungs: tuple[str, ...] = field(role="scientific", min_length=2, doc="rungs of the ladder")
+    policy_rungs: tuple[str, ...] = field(role="scientific", min_length=4, doc="rungs of the ladder; a law needs four")
     reward_model_rungs: tuple[str, ...] = field(role="scientific", min_length=2, doc="rungs of the reward models")
-    data_rung: str = field(role="fixed", doc="reward-model rung whose data are varied; also the middle reward model")
+    data_rung: str = field(role="fixed", doc="reward-model rung whose data are varied, and that PPO is run with")
     data_prompts: tuple[int, ...] = field(
         role="scientific", min_length=1, doc="labelled prompts, fewer than the recipe's"
     )
     gain_rungs: tuple[str, ...] = field(
-        role="scientific", min_length=1, doc="policies trained by PPO with the data rung"
+        role="scientific", min_length=2, doc="policies trained by PPO with the data rung"
     )
 
     @model_validator(mode="after")

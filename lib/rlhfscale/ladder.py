@@ -23,7 +23,7 @@ class Rung(BaseModel):
     """One size of the ladder: a Llama with tied embeddings.
 
     Attributes:
-        name: the rung's name, its number of non-embedding parameters rounded.
+        name: the rung's name, roughly its number of non-embedding parameters.
         width: hidden size, a multiple of ``head_width``.
         layers: number of decoder layers.
         head_width: size of one attention head.

@@ -34,7 +34,8 @@ POLICY, CRITIC, REWARD = "policy", "critic", "reward"
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """The from-scratch rungs' tokenizer: one token for each whitespace-separated symbol of the task universe.
 
-    Encoding adds the begin-of-sequence token; an unknown symbol raises in `encode`, as there is no unknown token.
+    Encoding adds the begin-of-sequence token; text with an unknown symbol must not be given to it: there
+    is no unknown token to stand for it, and it would become padding (`data.demonstrations.encode` raises instead).
     """
     pad, bos, eos = SPECIAL_TOKENS
     vocabulary = {token: index for index, token in enumerate((*SPECIAL_TOKENS, *tasks.vocabulary()))}
@@ -155,8 +156,8 @@ class SharedBase(nn.Module):
     def merged_policy(self) -> PreTrainedModel:
         """A plain copy of the model with the policy adapter folded into its weights, for decoding.
 
-        Folding halves the cost of a decoding step. The copy is refreshed in place at each call, from the frozen base,
-        so no rounding error builds up.
+        A folded decoding step runs no adapter products. The copy is refreshed in place at each call, from the frozen
+        base, so no rounding error builds up.
         """
         weights = dict(self._decoder.named_parameters())
         for name, module in self.model.base_model.model.named_modules():

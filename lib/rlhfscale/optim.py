@@ -12,8 +12,8 @@ class BatchedMuon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024): momentum, orthogonalised by five Newton-Schulz steps, with decoupled weight decay.
 
     The update is that of torch.optim.Muon with Nesterov momentum, which a test takes as its oracle. There each matrix
-    is orthogonalised alone in bfloat16; for matrices of 32 to 344 rows on a CPU, the call overhead of that doubles
-    the time of a training step. Here matrices of one shape are stacked and orthogonalised in float32 together.
+    is orthogonalised alone in bfloat16; for matrices of 24 to 344 rows on a CPU that is mostly call overhead. Here
+    matrices of one shape are stacked and orthogonalised in float32 together.
     """
 
     def __init__(

@@ -76,7 +76,7 @@ class FigureParams(BaseModel):
         try:
             return cls(**values)
         except ValidationError as error:
-            message = "; ".join(_explain(problem, list(cls.model_fields)) for problem in error.errors())
+            message = "; ".join(explain(problem, list(cls.model_fields)) for problem in error.errors())
             raise ParamsError(f"{source}: {message}" if source else message) from None
 
     def specs(self) -> tuple[Spec, ...]:
@@ -180,8 +180,8 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _explain(problem: dict[str, Any], allowed: list[str]) -> str:
-    """One of pydantic's errors in the words of a YAML file."""
+def explain(problem: dict[str, Any], allowed: list[str]) -> str:
+    """One of pydantic's errors (an entry of ``ValidationError.errors()``) in the words of a YAML file."""
     name = ".".join(map(str, problem["loc"])) or "parameters"
     given, kind, context = problem["input"], problem["type"], problem.get("ctx", {})
     if kind == "extra_forbidden" and len(problem["loc"]) == 1:

@@ -119,15 +119,16 @@ def best_of_n(runs: pd.DataFrame, summary: pd.DataFrame) -> Figure:
             ``best_of_n`` (by reward model), ``majority_vote``, ``pass_at_n`` and optionally ``weighted_vote``; in
             standard deviations of single responses of the initial policy, minus its mean, by reward model and
             ``num_responses``: ``best_of_n_gold`` and ``best_of_n_proxy``; ``early_minus_late_gain`` (one row) holds
-            the claim's statistic and verdict.
+            the claim's statistic, its sizes ``first``, ``early``, ``late`` and ``last``, and the verdict.
     """
     bon = _rows(summary, "best_of_n")
     sizes = dict(zip(bon["reward_model"], bon["reward_model_params"], strict=True))
     colors = size_colors(sizes)
     caption = _caption(summary, "dots: seeds; bars: ")
     claim = _rows(summary, "early_minus_late_gain").iloc[0]
+    early, late = (f"{claim[a]:.0f}-{claim[b]:.0f}" for a, b in (("first", "early"), ("late", "last")))
     caption += (
-        f" Gain per doubling, N = 1-8 minus N = 64-512: {claim.estimate:+.3f} "
+        f" Gain per doubling, N = {early} minus N = {late}: {claim.estimate:+.3f} "
         f"[{claim.ci_low:+.3f}, {claim.ci_high:+.3f}], {claim.verdict}."
     )
     figure, (left, right), legend = _figure(1, 2, 3.9, caption)

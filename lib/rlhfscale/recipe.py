@@ -4,12 +4,13 @@ A figure's own parameters are what it varies (rungs, seeds, sizes); all else com
 need the same model describe it in the same way and share it.
 """
 
+from functools import lru_cache
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from rlhfscale import ladder, specs, tasks
-from rlhfscale.params import ParamsError, read_yaml
+from rlhfscale.params import ParamsError, explain, read_yaml
 from rlhfscale.paths import project_root
 
 FAMILIES = tuple(tasks.FAMILIES)
@@ -30,7 +31,7 @@ class Recipe(BaseModel):
     sft_muon_lr: float = Field(gt=0, description="as in pretraining")
     label_rungs: tuple[str, ...] = Field(min_length=1, description="SFT rungs whose responses are labelled")
     label_samples: int = Field(ge=2, description="labelled responses to each prompt")
-    reward_prompts: int = Field(ge=1, description="labelled prompts of a reward model, all label rungs together")
+    reward_prompts: int = Field(ge=1, description="labelled prompts of a reward model, counted for each label rung")
     reward_epochs: int = Field(ge=1, description="passes over them")
     reward_batch: int = Field(ge=1, description="prompts in a batch")
     reward_lr_width: float = Field(gt=0, description="AdamW rate, times the width")
@@ -64,19 +65,33 @@ class Recipe(BaseModel):
     @model_validator(mode="after")
     def _rungs_on_ladder(self) -> Self:
         for name in self.label_rungs:
-            ladder.rung(name)
+            try:
+                ladder.rung(name)
+            except ValueError as error:
+                raise ValueError(f"label_rungs: {error}") from None
+        if len(set(self.label_rungs)) < len(self.label_rungs):
+            raise ValueError(f"label_rungs: {list(self.label_rungs)} names a rung twice")
+        return self
+
+    @model_validator(mode="after")
+    def _minibatches_divide(self) -> Self:
+        rollouts = self.ppo_prompts * self.ppo_responses
+        if rollouts % self.ppo_minibatch:
+            raise ValueError(
+                f"ppo_minibatch: {self.ppo_minibatch} does not divide the {rollouts} roll-outs of an update"
+            )
         return self
 
     @classmethod
+    @lru_cache
     def load(cls, name: str) -> "Recipe":
         """The recipe of a tier. Raises ParamsError, one line that names file and field."""
         file = f"params/{name}/recipe.yaml"
         try:
             return cls(**read_yaml(project_root() / file))
         except ValidationError as error:
-            problem = error.errors()[0]
-            where = ".".join(map(str, problem["loc"]))
-            raise ParamsError(f"{file}: {where}: {problem['msg']}, not {problem['input']!r}") from None
+            message = "; ".join(explain(problem, list(cls.model_fields)) for problem in error.errors())
+            raise ParamsError(f"{file}: {message}") from None
 
     def pretrain(self, rung: str) -> specs.Pretrain:
         return specs.Pretrain(
@@ -119,6 +134,7 @@ class Recipe(BaseModel):
         )
 
     def _labels(self, rung: str, split: str, num_prompts: int, seed: int) -> specs.Samples:
+        """Every label rung answers the same prompts, with the same draws."""
         return specs.Samples(
             model=self.sft(rung),
             split=split,
@@ -157,7 +173,10 @@ class Recipe(BaseModel):
         )
 
     def evaluation(self, model: specs.SFT | specs.Policy, seed: int, *, greedy: bool = False) -> specs.Samples:
-        """Responses to the held-out prompts, which are the same for every model and seed."""
+        """Responses to the held-out prompts, the same for every model and seed.
+
+        They are not the held-out prompts of the reward models (`prompt_seed` 0), on which the recipe was chosen.
+        """
         return specs.Samples(
             model=model,
             split="eval",
@@ -165,7 +184,7 @@ class Recipe(BaseModel):
             num_prompts=self.eval_prompts,
             num_samples=1 if greedy else self.eval_samples,
             temperature=0.0 if greedy else 1.0,
-            prompt_seed=0,
+            prompt_seed=1,
             seed=0 if greedy else seed,
         )
 

@@ -17,6 +17,7 @@ from rlhfscale import ladder, tasks
 from rlhfscale.data.responses import Responses
 from rlhfscale.evals import best_of_n as bon
 from rlhfscale.figures import BestOfN, PolicySize, StudyFigure, TestBed
+from rlhfscale.params import load as load_params
 from rlhfscale.results import ResultsFolder, summary_row
 from rlhfscale.spec import Spec
 from rlhfscale.stats.bootstrap import Interval, bootstrap, nested_bootstrap
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Folders = Mapping[Spec, Path]
+CUSTOM = "custom"
+"""Results folder of parameters that are no tier's."""
 BOOTSTRAP_SEED = 20241209
 """Seed of every bootstrap: the same tables come out of the same artifacts."""
 
@@ -60,7 +63,7 @@ def save(P: StudyFigure, tables: Tables, pictures: Mapping[str, "Figure"], folde
         folders: artifact folders by spec.
         wall_s: seconds that the notebook took, for the manifest.
     """
-    folder = ResultsFolder(P.figure, tier=P.recipe)
+    folder = ResultsFolder(P.figure, tier=_tier(P))
     folder.write_runs(tables.runs)
     folder.write_summary(tables.summary)
     folder.write_per_prompt(tables.per_prompt)
@@ -83,8 +86,15 @@ def save(P: StudyFigure, tables: Tables, pictures: Mapping[str, "Figure"], folde
 
 
 def command(P: StudyFigure) -> str:
-    """The command that makes a figure."""
+    """What makes a figure with these parameters."""
+    if _tier(P) == CUSTOM:
+        return f"notebooks/{P.figure}.ipynb with the parameters in manifest.json"
     return f"make figures TIER={P.recipe} FIGURE={P.figure}"
+
+
+def _tier(P: StudyFigure) -> str:
+    """The tier whose file holds just these parameters, else CUSTOM: playing must not overwrite a tier's results."""
+    return P.recipe if load_params(P.figure, P.recipe) == P else CUSTOM
 
 
 def verdicts(tables: Tables) -> pd.DataFrame:
@@ -111,15 +121,18 @@ def policy_size(P: PolicySize, folders: Folders) -> Tables:
                 metrics = {
                     "sampled_exact": sampled.exact.mean(),
                     "sampled_gold": sampled.gold.mean(),
-                    "greedy_exact": greedy.exact.mean(),
                     "finished": sampled.finished.mean(),
                     "response_tokens": sampled.response_lengths.mean(),
                 }
+                rows.add(sampled_spec, metrics, **about)
                 if stage == "ppo":
                     last = pd.read_csv(_metrics_file(folders, sampled_spec)).tail(5).mean()
-                    metrics |= {"kl_nats": last["kl_nats"], "proxy": last["proxy"]}
-                rows.add(sampled_spec, metrics, **about)
-                prompts.append(_per_prompt(sampled_spec, seed, "sampled_exact", cells[stage, rung, seed], stage=stage))
+                    training = {"kl_nats": last["kl_nats"], "proxy": last["proxy"]}
+                    rows.add(sampled_spec.model, training, **about | {"num_prompts": P.settings.ppo_prompts})
+                if stage == "ppo" or seed == P.seeds[0]:  # before training, greedy is one run for all seeds
+                    rows.add(greedy_spec, {"greedy_exact": greedy.exact.mean()}, **about)
+                per_prompt = _per_prompt(sampled_spec, seed, "sampled_exact", cells[stage, rung, seed])
+                prompts.append(per_prompt.assign(stage=stage, rung=rung))
     accuracy = {
         stage: np.array([[cells[stage, rung, seed] for seed in P.seeds] for rung in P.policy_rungs])
         for stage in ("sft", "ppo")
@@ -137,7 +150,8 @@ def policy_size(P: PolicySize, folders: Folders) -> Tables:
     result = judge("C1", slope)
     summary.append(summary_row("gain_slope", slope) | {"verdict": result.verdict})
     summary += _band_rows("gain_fit", "num_params", fit_with_intervals(fit_slope, sizes, gain, rng=_rng()), slope)
-    return Tables(rows.table(), pd.DataFrame(summary), pd.concat(prompts), (result,))
+    extra = {"training.csv": training_metrics(P, folders)}
+    return Tables(rows.table(), pd.DataFrame(summary), pd.concat(prompts), (result,), extra)
 
 
 def best_of_n(P: BestOfN, folders: Folders) -> Tables:
@@ -161,7 +175,8 @@ def best_of_n(P: BestOfN, folders: Folders) -> Tables:
                 rows.add(spec, metrics, rung=P.policy_rung, reward_model=rung, **about)
                 if size in P.claim_sizes:
                     value = curves["best_of_n"][r, s, :, n]
-                    prompts.append(_per_prompt(spec, seed, "best_of_n", value, num_responses=size))
+                    per_prompt = _per_prompt(spec, seed, "best_of_n", value)
+                    prompts.append(per_prompt.assign(num_responses=size, reward_model=rung))
     summary = []
     for name, curve in curves.items():
         means = _means(np.moveaxis(curve, -1, 1).reshape(-1, *curve.shape[1:3]))
@@ -177,8 +192,12 @@ def best_of_n(P: BestOfN, folders: Folders) -> Tables:
     reference = np.moveaxis(curves["best_of_n"][P.reward_model_rungs.index(P.reference_rung)], -1, 0)
     difference = nested_bootstrap(reference, lambda m: _early_minus_late(P, m), rng=_rng(), on="means")
     result = judge("C6", difference)
-    row = summary_row("early_minus_late_gain", difference, reward_model=P.reference_rung)
+    ranges = dict(zip(("first", "early", "late", "last"), P.claim_sizes, strict=True))
+    row = summary_row("early_minus_late_gain", difference, reward_model=P.reference_rung, **ranges)
     summary.append(row | {"verdict": result.verdict})
+    most = sizes.index(max(sizes))
+    in_all = nested_bootstrap(reference, lambda m: m[most] - m[sizes.index(1)], rng=_rng(), on="means")
+    summary.append(summary_row("gain_at_largest_n", in_all, reward_model=P.reference_rung, num_responses=max(sizes)))
     return Tables(rows.table(), pd.DataFrame(summary), pd.concat(prompts), (result,))
 
 
@@ -284,7 +303,8 @@ def _reward_model_accuracy(
     """
     specs = P.reward_models()
     held_out = {cell: load_file(folders[spec] / "held_out.safetensors") for cell, spec in specs.items()}
-    accuracy = {cell: found["pair_accuracy"].ravel() for cell, found in held_out.items()}
+    # the label rungs answer the same prompts, so a prompt's accuracy is the mean over those that give it a pair
+    accuracy = {cell: _mean_where_known(found["pair_accuracy"]) for cell, found in held_out.items()}
     counts = ~np.isnan(next(iter(accuracy.values())))
     num_pairs: dict[tuple[str, int], int] = {}
     for (rung, labelled, seed), spec in specs.items():
@@ -293,7 +313,8 @@ def _reward_model_accuracy(
         pairs = num_pairs.setdefault((rung, labelled), int(held_out[rung, labelled, seed]["num_pairs"]))
         about = {"num_pairs": pairs, "labelled_prompts": labelled, "seed": seed, "num_prompts": len(values)}
         rows.add(spec, {"pairwise_accuracy": values.mean()}, rung=rung, **about)
-        prompts.append(_per_prompt(spec, seed, "pairwise_accuracy", values))
+        per_prompt = _per_prompt(spec, seed, "pairwise_accuracy", values)
+        prompts.append(per_prompt.assign(prompt_id=np.flatnonzero(counts)))
     intervals = {}
     for (rung, labelled), pairs in num_pairs.items():
         values = np.array([accuracy[rung, labelled, seed][counts] for seed in P.seeds])
@@ -303,8 +324,15 @@ def _reward_model_accuracy(
     return intervals
 
 
+def _mean_where_known(values: np.ndarray) -> np.ndarray:
+    """Mean over the first axis of [label rung, prompt], leaving NaN out; NaN where no entry is known."""
+    known = ~np.isnan(values)
+    count = known.sum(0)
+    return np.where(count > 0, np.where(known, values, 0.0).sum(0) / np.maximum(count, 1), np.nan)
+
+
 def _best_of_eight(P: TestBed, folders: Folders) -> Interval:
-    """Exact accuracy of best-of-8 by the middle reward model minus the mean response's, on its own held-out samples."""
+    """Exact accuracy of best-of-8 by the data rung's reward model minus that of one response."""
     values = []
     for seed in P.seeds:
         samples, scores = P.best_of_eight(seed)
@@ -341,9 +369,9 @@ def _conditions(
         ("sampled exact accuracy rises along the ladder", shown[0], "every step > 0", (steps > 0).all()),
         ("its rise in all", f"{means[-1] - means[0]:.3f}", ">= 0.3", means[-1] - means[0] >= 0.3),
         ("its maximum", f"{means.max():.3f}", "< 0.9", means.max() < 0.9),
-        ("pair accuracy within a prompt rises with size", shown[1], "largest > smallest", by_size[-1] > by_size[0]),
-        ("the same with data", shown[2], "every step > 0", (np.diff(by_data) > 0).all()),
-        ("the same with little data is near chance", f"{by_data[0]:.3f}", "<= 0.6", by_data[0] <= 0.6),
+        ("pair accuracy within a prompt by size", shown[1], "largest > smallest", by_size[-1] > by_size[0]),
+        ("the same by data", shown[2], "every step > 0", (np.diff(by_data) > 0).all()),
+        ("the same with the fewest labels is near chance", f"{by_data[0]:.3f}", "<= 0.6", by_data[0] <= 0.6),
         ("the same at its best", f"{max(by_size):.3f}", ">= 0.8", max(by_size) >= 0.8),
         (
             f"best-of-8 by the {P.data_rung} reward model minus the mean",
@@ -385,9 +413,9 @@ class _Runs:
         return pd.DataFrame(self._rows)
 
 
-def _per_prompt(spec: Spec, seed: int, metric: str, values: np.ndarray, **about: Any) -> pd.DataFrame:
+def _per_prompt(spec: Spec, seed: int, metric: str, values: np.ndarray) -> pd.DataFrame:
     columns = {"node": spec.key, "seed": seed, "prompt_id": np.arange(len(values)), "metric": metric, "value": values}
-    return pd.DataFrame(about | columns)
+    return pd.DataFrame(columns)
 
 
 def _by_rung(quantity: str, rungs: Sequence[str], interval: Interval, **about: Any) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from rlhfscale.data.responses import Responses
 
 
 def bradley_terry(scores: torch.Tensor, gold: torch.Tensor) -> torch.Tensor:
-    """``-log sigmoid(score_i - score_j)``, a mean over the pairs of a prompt in which i's gold exceeds j's.
+    """``-log sigmoid(score_i - score_j)``, a mean over all pairs within a prompt in which i's gold exceeds j's.
 
     All pairs among a prompt's responses are used from one forward pass (Ouyang et al. 2022, eq. 1).
 

@@ -136,7 +136,8 @@ CLAIMS: dict[str, Claim] = {
             statement="Best-of-N gains at inference diminish with N",
             paper="",
             statistic=(
-                "mean gain in exact accuracy per doubling of N over N = 1..8 minus that over N = 64..512, best-of-N "
+                "mean gain in exact accuracy per doubling of N over N = 1..8 minus that over the last three doublings "
+                "(64..512 at the laptop tier), best-of-N "
                 "with the study's reference reward model"
             ),
             rule=Rule((Part("early minus late gain", "above"),)),

@@ -55,7 +55,8 @@ class Grade:
     """What the verifier says of one response.
 
     Attributes:
-        gold: the gold reward, the share of answer positions that are right, in [0, 1]; 0 if the response never ended.
+        gold: the gold reward, the share of answer positions that are right, in [0, 1]; 0 if the response never
+            ended or does not write one state for each operation.
         exact: whether the answer is exactly right and the response ended.
         steps: for each written state, whether it follows from the state written before it (process labels).
     """
