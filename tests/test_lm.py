@@ -9,7 +9,7 @@ import torch
 
 import tiny
 from rlhfscale import lm, tasks
-from rlhfscale.data.demonstrations import demonstration_entropy, demonstrations, problem_list
+from rlhfscale.data.demonstrations import demonstration_entropy, demonstration_nats, demonstrations, problem_list
 from rlhfscale.data.documents import bucketed_batches
 from rlhfscale.data.responses import decode
 
@@ -143,3 +143,15 @@ def test_learning_rate_rises_holds_and_falls_to_zero():
     factors = [lm.warmup_stable_decay(step, 1000) for step in range(1000)]
     assert factors[0] == pytest.approx(1 / 50) and factors[49] == factors[599] == 1.0
     assert factors[800] == pytest.approx(0.5) and factors[999] == pytest.approx(1 / 400)
+
+
+def test_demonstrators_own_loss_averages_to_their_entropy_and_counts_slips():
+    slip = 0.1
+    documents = demonstrations((3, 1), "train", tuple(tasks.FAMILIES), 4000, slip)
+    nats = demonstration_nats(documents, slip)
+    entropy = demonstration_entropy(documents, slip)
+    assert abs((nats - entropy).mean()) < 4 * (nats - entropy).std() / np.sqrt(len(nats))
+    careful = demonstrations((3, 1), "train", tuple(tasks.FAMILIES), 50, 0.0)
+    assert (demonstration_nats(careful, 0.0) == 0).all()
+    with pytest.raises(ValueError, match="holds a slip"):
+        demonstration_nats(documents, 0.0)

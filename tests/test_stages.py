@@ -106,7 +106,7 @@ def test_pretraining_reports_its_loss(folders):
     model = models.load_policy(folders[PRETRAIN] / "model")
     held_out, documents = (
         load_file(folders[PRETRAIN] / "held_out.safetensors"),
-        stages.held_out_documents(PRETRAIN.slip),
+        data.held_out_documents(PRETRAIN.slip),
     )
     np.testing.assert_allclose(held_out["nats"], lm.document_losses(model, documents), rtol=1e-4)
     np.testing.assert_allclose(held_out["entropy_nats"], demonstration_entropy(documents, PRETRAIN.slip))

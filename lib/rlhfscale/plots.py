@@ -185,7 +185,7 @@ def test_bed(runs: pd.DataFrame, summary: pd.DataFrame) -> Figure:
     Args:
         runs: ``rung``, ``num_params``, ``train_flops``, ``family``, ``num_pairs``, ``seed``, ``metric``, ``value``
             (cells that do not apply are empty). Metrics: ``excess_loss``, held-out loss above the demonstrators'
-            entropy (by ``train_flops``), ``sampled_exact`` and ``greedy_exact`` (by ``num_params`` and ``family``),
+            own (by ``train_flops``), ``sampled_exact`` and ``greedy_exact`` (by ``num_params`` and ``family``),
             ``pairwise_accuracy`` (by the reward model's ``rung``, ``num_params`` and ``num_pairs``).
         summary: the common columns and those of ``runs``; the same quantities, and ``loss_fit`` (curve and band on a
             grid of ``train_flops``), ``loss_exponent`` and ``loss_r2`` (one row each).
@@ -205,7 +205,7 @@ def test_bed(runs: pd.DataFrame, summary: pd.DataFrame) -> Figure:
     text = f"exponent {exponent.estimate:.2f} [{exponent.ci_low:.2f}, {exponent.ci_high:.2f}]\nR² = {r2.estimate:.3f}"
     loss.text(0.97, 0.97, text, transform=loss.transAxes, ha="right", va="top", fontsize=7)
     loss.set(xscale="log", yscale="log", title="(a) loss against compute", xlabel="pretraining compute (FLOPs)")
-    loss.set_ylabel("loss above entropy (nats/token)")
+    loss.set_ylabel("excess loss (nats/token)")
     low, high = loss.get_ylim()
     ticks = [t for t in MaxNLocator(6).tick_values(low, high) if low <= t <= high]
     loss.set_yticks(ticks, [f"{t:g}" for t in ticks])
@@ -345,7 +345,7 @@ def _size_axis(axis, sizes: pd.Series, label: str) -> None:
     span = np.log(sizes[-1] / sizes[0])
     ticks = [sizes[0]]
     for size in sizes[1:]:
-        if np.log(size / ticks[-1]) >= 0.13 * span:
+        if np.log(size / ticks[-1]) >= 0.16 * span:
             ticks.append(size)
     axis.set_xticks(ticks)
     axis.xaxis.set_major_formatter(FuncFormatter(lambda size, _: _human(size)))

@@ -13,15 +13,18 @@ import pandas as pd
 from safetensors.numpy import save_file
 
 from rlhfscale import ladder, lm, models, specs, tasks
-from rlhfscale.data.demonstrations import demonstration_entropy, demonstrations, encode_prompts, problem_list
-from rlhfscale.data.documents import Documents
+from rlhfscale.data.demonstrations import (
+    STREAM,
+    demonstration_entropy,
+    demonstrations,
+    encode_prompts,
+    held_out_documents,
+    problem_list,
+)
 from rlhfscale.data.responses import Responses, label
 from rlhfscale.rewards import outcome
 from rlhfscale.rl import PPO, PPOConfig
 from rlhfscale.samplers import hf, request_seeds
-
-STREAM = {"pretrain": 1, "sft": 2, "train": 3, "eval": 4, "policy": 5, "held_out_documents": 6, "samples": 7}
-"""Numbers of the random streams: one for each use, so that no two stages draw the same problems."""
 
 LOSS_POINTS = 8
 """Held-out loss is measured this many times during pretraining, evenly spaced in steps."""
@@ -154,11 +157,6 @@ def scores(spec: specs.Scores, inputs: Inputs, folder: Path) -> None:
     reward = outcome.OutcomeRewardModel.load(inputs[spec.reward_model.key] / "model")
     scored = reward.score_responses(load_responses(inputs, spec.samples))
     save_file({"scores": scored}, folder / "scores.safetensors")
-
-
-def held_out_documents(slip: float, count: int = 1024) -> Documents:
-    """The demonstrations on which every rung's loss is measured."""
-    return demonstrations((0, STREAM["held_out_documents"]), "eval", tuple(tasks.FAMILIES), count, slip)
 
 
 def load_responses(inputs: Inputs, spec: specs.Samples) -> Responses:

@@ -14,6 +14,7 @@ import pandas as pd
 from safetensors.numpy import load_file
 
 from rlhfscale import ladder, tasks
+from rlhfscale.data.demonstrations import demonstration_nats, held_out_documents
 from rlhfscale.data.responses import Responses
 from rlhfscale.evals import best_of_n as bon
 from rlhfscale.figures import BestOfN, PolicySize, StudyFigure, TestBed
@@ -256,12 +257,13 @@ def test_bed(P: TestBed, folders: Folders) -> Tables:
 
 
 def _ladder_loss(P: TestBed, folders: Folders, rows: "_Runs", prompts: list) -> np.ndarray:
-    """Loss above the demonstrators' own entropy: float64 [rung, document], whose mean is in nats for each token."""
+    """Loss above the demonstrators' own: float64 [rung, document], whose mean is in nats for each response token."""
     excess = []
+    demonstrators = demonstration_nats(held_out_documents(P.settings.pretrain_slip), P.settings.pretrain_slip)
     for rung in P.policy_rungs:
         spec = P.settings.pretrain(rung)
         final = load_file(folders[spec] / "held_out.safetensors")
-        values = (final["nats"] - final["entropy_nats"]) / final["tokens"].mean()
+        values = (final["nats"] - demonstrators) / final["tokens"].mean()
         last = _last_loss(folders, P, rung)
         metrics = {"excess_loss": values.mean(), "heldout_loss": last["loss_nats"]}
         rows.add(spec, metrics, rung=rung, train_flops=last["flops"], seed=spec.seed, num_prompts=len(values))

@@ -9,6 +9,9 @@ import numpy as np
 from rlhfscale import ladder, tasks
 from rlhfscale.data.documents import Documents, pad
 
+STREAM = {"pretrain": 1, "sft": 2, "train": 3, "eval": 4, "policy": 5, "held_out_documents": 6, "samples": 7}
+"""Numbers of the random streams: one for each use, so that no two stages draw the same problems."""
+
 
 @lru_cache(maxsize=1)
 def token_ids() -> dict[str, int]:
@@ -76,3 +79,36 @@ def demonstration_entropy(documents: Documents, slip: float) -> np.ndarray:
     position = np.arange(documents.ids.shape[1])
     response = (position >= documents.prompt_lengths[:, None]) & (position < documents.lengths[:, None])
     return (state_entropy[documents.ids] * response).sum(1)
+
+
+def held_out_documents(slip: float, count: int = 1024) -> Documents:
+    """The demonstrations on which every rung's loss is measured."""
+    return demonstrations((0, STREAM["held_out_documents"]), "eval", tuple(tasks.FAMILIES), count, slip)
+
+
+def demonstration_nats(documents: Documents, slip: float) -> np.ndarray:
+    """Negative log-likelihood in nats of each demonstrated response under the demonstrators' own process, float64
+    [document].
+
+    A model's loss on a document minus this is the excess that knowledge could remove; its mean estimates the KL
+    divergence from the demonstrators to the model, without the noise of how many slips the documents happen to hold.
+
+    Raises:
+        ValueError: slip is 0 but a document holds one.
+    """
+    names, nats = tokens(), np.zeros(len(documents))
+    for row, (ids, length, start) in enumerate(
+        zip(documents.ids, documents.lengths, documents.prompt_lengths, strict=True)
+    ):
+        prompt = [names[index] for index in ids[1:start]]
+        response = " ".join(names[index] for index in ids[start : length - 1])
+        family, middle = tasks.FAMILIES[prompt[0]], prompt.index(tasks.STATE)
+        state = tuple(prompt[middle + 1 : -1])
+        for operation, written in zip(prompt[1:middle], response.split(tasks.STEP), strict=True):
+            intended, state = family.apply(operation, state), tuple(written.split())
+            slips = sum(a != b for a, b in zip(intended, state, strict=True))
+            if slips and not slip:
+                raise ValueError(f"document {row} holds a slip, but slip is 0")
+            nats[row] -= (len(state) - slips) * np.log1p(-slip)
+            nats[row] -= slips * np.log(slip / (len(family.alphabet) - 1)) if slips else 0.0
+    return nats
