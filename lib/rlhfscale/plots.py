@@ -15,7 +15,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 from matplotlib.transforms import ScaledTranslation
 
 from rlhfscale.evals.best_of_n import kl_bound_nats
@@ -207,7 +207,7 @@ def test_bed(runs: pd.DataFrame, summary: pd.DataFrame) -> Figure:
     loss.set(xscale="log", yscale="log", title="(a) loss against compute", xlabel="pretraining compute (FLOPs)")
     loss.set_ylabel("excess loss (nats/token)")
     low, high = loss.get_ylim()
-    ticks = [t for t in MaxNLocator(6).tick_values(low, high) if low <= t <= high]
+    ticks = [t for power in range(-4, 2) for t in (10.0**power, 2 * 10.0**power, 5 * 10.0**power) if low <= t <= high]
     loss.set_yticks(ticks, [f"{t:g}" for t in ticks])
     loss.yaxis.set_minor_formatter(NullFormatter())
 
@@ -221,7 +221,7 @@ def test_bed(runs: pd.DataFrame, summary: pd.DataFrame) -> Figure:
             _estimates(accuracy, rows, "num_params", color=color, linestyle=linestyle, marker=marker, label=label)
     accuracy.set(title="(b) accuracy of SFT", ylabel="exact-match accuracy")
     _size_axis(accuracy, _rows(summary, "sampled_exact")["num_params"], "policy parameters")
-    _headroom(accuracy, 0.15 * len(families))
+    _headroom(accuracy, 0.25 * len(families))
     accuracy.set_yticks([t for t in accuracy.get_yticks() if 0 <= t <= 1])
     accuracy.legend(loc="upper left", handlelength=2.4, borderpad=0, labelspacing=0.25)
 
@@ -302,7 +302,8 @@ def _figure(rows: int, columns: int, height: float, caption: str):
     figure.text(0.01, 0.05 / (height + below), text, fontsize=7, color="0.25", va="bottom", linespacing=1.25)
 
     def legend(handles: list[Line2D], ncols: int = 5) -> None:
-        figure.legend(handles=handles, loc="outside upper center", ncols=ncols, columnspacing=1.4)
+        rows = -(-len(handles) // ncols)
+        figure.legend(handles=handles, loc="outside upper center", ncols=-(-len(handles) // rows), columnspacing=1.4)
 
     return figure, axes, legend
 

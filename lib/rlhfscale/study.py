@@ -362,7 +362,7 @@ def _conditions(
     shown = [joined(f"{value:.2f}" for value in values) for values in (means, by_size, by_data)]
     checks = [
         (
-            "loss above the demonstrators' entropy against compute: R2 of the power law",
+            "loss above the demonstrators' own against compute: R2 of the power law",
             f"{r2:.3f}",
             ">= 0.95",
             r2 >= 0.95,
