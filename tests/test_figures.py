@@ -158,6 +158,16 @@ def test_notebooks_are_prose_with_short_cells(path):
     assert sum("parameters" in cell.metadata.get("tags", []) for cell in code) == 1
 
 
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "results").glob("laptop/*/notebook.ipynb")), ids=lambda p: p.parent.name
+)
+def test_executed_notebooks_show_their_figure(path):
+    notebook = nbformat.read(path, as_version=4)
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    assert not any(output.output_type == "error" for output in outputs)
+
+
 def test_readme_names_files_and_targets_that_exist():
     text = (ROOT / "README.md").read_text()
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))

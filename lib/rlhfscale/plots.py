@@ -5,6 +5,7 @@ Each figure is a pure function from the tables of a result folder (columns: see 
 the tables, never computed here, except for what only places ink: means of dots and differences of paired dots.
 """
 
+import io
 import textwrap
 from collections.abc import Callable, Mapping
 from functools import wraps
@@ -43,6 +44,15 @@ STYLE = {
     "axes.spines.right": False,
     "axes.axisbelow": True,
 }
+
+
+class Picture(Figure):
+    """A matplotlib figure that a notebook shows by itself, without pyplot or a magic."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png", dpi=110)
+        return buffer.getvalue()
 
 
 def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
@@ -296,7 +306,7 @@ def _figure(rows: int, columns: int, height: float, caption: str):
     text = "\n".join(textwrap.wrap(caption, 96))
     line = 0.14
     below = line * (text.count("\n") + 1) + 0.1
-    figure = Figure(figsize=(WIDTH_IN, height + below), layout="constrained")
+    figure = Picture(figsize=(WIDTH_IN, height + below), layout="constrained")
     axes = figure.subplots(rows, columns)
     figure.get_layout_engine().set(rect=(0, below / (height + below), 1, height / (height + below)), wspace=0.06)
     figure.text(0.01, 0.05 / (height + below), text, fontsize=7, color="0.25", va="bottom", linespacing=1.25)
