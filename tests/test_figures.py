@@ -15,6 +15,7 @@ ROOT = project_root()
 TIERS = ("smoke", "laptop")
 FILES = [path for tier in TIERS for path in sorted((ROOT / "params" / tier).glob("[0-9][0-9]_*.yaml"))]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+EXECUTED = sorted((ROOT / "results").glob("laptop/*/notebook.ipynb"))
 GOOD = {
     "best_of_n": (figures.BestOfN, params.read_yaml(ROOT / "params/smoke/06_best_of_n.yaml")),
     "policy_size": (figures.PolicySize, params.read_yaml(ROOT / "params/smoke/01_policy_size.yaml")),
