@@ -22,13 +22,13 @@ BODY = """
 import json
 from toy_stages import {schema}, read
 from rlhfscale import grid
-from rlhfscale.paths import results_folder
+from rlhfscale.results import ResultsFolder
 
 P = {schema}(seeds=seeds, best_of=best_of, lr=lr, mood=mood)
 runs = grid.ensure(P.specs())
 assert set(runs.status.values()) == {{"cached"}}
 values = [read(runs[spec]) for spec in P.specs()]
-folder = results_folder(P.figure)
+folder = ResultsFolder(P.figure).path
 (folder / "runs.csv").write_text("value\\n" + "\\n".join(map(str, values)) + "\\n")
 claim = dict(claim="T1", statement="sums grow", estimate=values[-1], ci_low=1.0, ci_high=9.0, verdict="reproduced")
 (folder / "figure.png").touch()

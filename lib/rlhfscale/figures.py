@@ -124,7 +124,8 @@ class PolicySize(StudyFigure):
             for stage in ("sft", "ppo")
             for item in self.evaluations(stage, rung, seed)
         ]
-        return tuple(dict.fromkeys(found))
+        trained = [self.policy(rung, seed) for rung in self.policy_rungs for seed in self.seeds]
+        return tuple(dict.fromkeys([*found, *trained]))
 
 
 class TestBed(StudyFigure):

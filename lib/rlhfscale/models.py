@@ -15,7 +15,6 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -63,10 +62,6 @@ def load_policy(folder: Path) -> PreTrainedModel:
     if (folder / "adapter_config.json").exists():
         raise ValueError(f"{folder} holds an adapter: load its base, then peft.PeftModel.from_pretrained(base, folder)")
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def load_scorer(folder: Path, *, init_seed: int | None = None) -> PreTrainedModel:

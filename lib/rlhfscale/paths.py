@@ -41,10 +41,3 @@ def results_root() -> Path:
 def current_tier() -> str:
     """``$RLHFSCALE_TIER``, or ``laptop``."""
     return os.environ.get("RLHFSCALE_TIER") or "laptop"
-
-
-def results_folder(figure: str) -> Path:
-    """``results/<tier>/<figure>``, made if missing: where the figure's notebook writes tables, plots and verdict."""
-    folder = results_root() / current_tier() / figure
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder

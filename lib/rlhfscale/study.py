@@ -127,7 +127,7 @@ def policy_size(P: PolicySize, folders: Folders) -> Tables:
                 }
                 rows.add(sampled_spec, metrics, **about)
                 if stage == "ppo":
-                    last = pd.read_csv(_metrics_file(folders, sampled_spec)).tail(5).mean()
+                    last = pd.read_csv(folders[sampled_spec.model] / "metrics.csv").tail(5).mean()
                     training = {"kl_nats": last["kl_nats"], "proxy": last["proxy"]}
                     rows.add(sampled_spec.model, training, **about | {"num_prompts": P.settings.ppo_prompts})
                 if stage == "ppo" or seed == P.seeds[0]:  # before training, greedy is one run for all seeds
@@ -392,7 +392,7 @@ def training_metrics(P: PolicySize, folders: Folders) -> pd.DataFrame:
     tables = []
     for rung in P.policy_rungs:
         for seed in P.seeds:
-            table = pd.read_csv(_metrics_file(folders, P.evaluations("ppo", rung, seed)[0]))
+            table = pd.read_csv(folders[P.policy(rung, seed)] / "metrics.csv")
             about = {"rung": rung, "num_params": ladder.rung(rung).num_params, "seed": seed}
             tables.append(
                 table.rename(columns={"response_tokens": "response_length", "finished": "eos_share"}).assign(**about)
@@ -450,12 +450,6 @@ def _responses(folders: Folders, spec: Spec) -> Responses:
 
 def _scores(folders: Folders, spec: Spec) -> np.ndarray:
     return load_file(folders[spec] / "scores.safetensors")["scores"]
-
-
-def _metrics_file(folders: Folders, samples: Spec) -> Path:
-    """The training log of the policy that was sampled; it lies beside the requested artifacts in the store."""
-    model = samples.model
-    return folders[samples].parent.parent / model.stage / model.key / "metrics.csv"
 
 
 def _last_loss(folders: Folders, P: TestBed, rung: str) -> dict[str, float]:
