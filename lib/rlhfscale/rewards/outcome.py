@@ -1,250 +1,210 @@
-"""The outcome reward model: one score for a whole response, learned from comparisons within a prompt."""
+"""The outcome reward model: one score for a whole response, learned from comparisons within a prompt, from correctness
+labels, or from both."""
 
-import json
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from peft import PeftModel, get_peft_model
-from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase
 
-from rlhfscale import lm, models
 from rlhfscale.data.documents import bucketed_batches
 from rlhfscale.data.responses import Responses
+from rlhfscale.rewards import scorer
+from rlhfscale.rewards.base import chosen
+from rlhfscale.rewards.labelled import Labelled, response_sequences
+from rlhfscale.rewards.losses import by_group, multitask
+from rlhfscale.rewards.metrics import num_pairs, pair_accuracy
+from rlhfscale.sequences import Sequences
+
+__all__ = ["OutcomeRewardModel", "num_pairs", "pair_accuracy", "sequence_scores", "train"]
+
+READOUTS = ("last", "sum")
+LOSSES = ("pairs", "pointwise", "both")
 
 
-def bradley_terry(scores: torch.Tensor, gold: torch.Tensor) -> torch.Tensor:
-    """``-log sigmoid(score_i - score_j)``, a mean over all pairs within a prompt in which i's gold exceeds j's.
-
-    All pairs among a prompt's responses are used from one forward pass (Ouyang et al. 2022, eq. 1).
-
-    Args:
-        scores: float32 [prompt, sample].
-        gold: float32 [prompt, sample]; ties make no pair.
-    """
-    better = gold[:, :, None] > gold[:, None, :]
-    margin = scores[:, :, None] - scores[:, None, :]
-    return -F.logsigmoid(margin[better]).mean()
-
-
-def pair_accuracy(scores: np.ndarray, gold: np.ndarray) -> np.ndarray:
-    """float64 [prompt]: share of a prompt's pairs with unequal gold that the scores order rightly, a tied score
-    counting one half; NaN where all of a prompt's responses have equal gold."""
-    better = gold[:, :, None] > gold[:, None, :]
-    margin = scores[:, :, None] - scores[:, None, :]
-    right = (margin > 0) + 0.5 * (margin == 0)
-    pairs = better.sum((1, 2))
-    return np.where(pairs > 0, (right * better).sum((1, 2)) / np.maximum(pairs, 1), np.nan)
-
-
-def num_pairs(gold: np.ndarray) -> int:
-    """Number of pairs with unequal gold within a prompt; gold is [prompt, sample]."""
-    return int((gold[:, :, None] > gold[:, None, :]).sum())
-
-
-class OutcomeRewardModel:
+class OutcomeRewardModel(scorer.Scorer):
     """A reward model, frozen: one scalar for a prompt and its response.
 
     Args:
-        model: a sequence-classification model with one output.
+        model: a decoder-only sequence-classification model with one output, with PEFT adapters or without; frozen in
+            place, and its score head made float32.
+        tokenizer: of the model; None takes any sequence's ids for its own.
         readout: where the score head is read. ``last``: at the last token, which is the end-of-sequence token of a
             finished response (Ouyang et al. 2022). ``sum``: at every response token, summed; the model is still
             trained on whole responses only, but a wrong token can be judged where it stands.
-
-    Attributes:
-        mean, std: of the scores over training responses, for normalisation.
+        mean, std: of the scores over training responses, for `normalised`.
+        tokens_per_micro_batch: tokens computed together, padding included; changes the speed only.
     """
 
-    def __init__(self, model: PreTrainedModel, readout: str):
-        self.model, self.readout = model.eval().requires_grad_(False), readout
-        self.mean, self.std = 0.0, 1.0
+    _options = ("readout",)
 
-    def calibrate(self, scores: np.ndarray) -> None:
-        """Set the mean and standard deviation that ``score(normalise=True)`` removes.
-
-        Raises ValueError where all scores are equal: such a model says nothing.
-        """
-        self.mean, self.std = float(scores.mean()), float(scores.std())
-        if not self.std > 0:
-            raise ValueError("the reward model gives every response the same score; train it longer")
-
-    def save(self, folder: Path) -> None:
-        """Write a plain sequence-classification folder, with ``reward.json``: readout, mean, std."""
-        models.save_model(self.model, folder)
-        about = {"readout": self.readout, "mean": self.mean, "std": self.std}
-        (folder / "reward.json").write_text(json.dumps(about))
-
-    @classmethod
-    def load(cls, folder: Path) -> "OutcomeRewardModel":
-        about = json.loads((folder / "reward.json").read_text())
-        reward = cls(models.load_scorer(folder), about["readout"])
-        reward.mean, reward.std = about["mean"], about["std"]
-        return reward
+    def __init__(
+        self,
+        model: scorer.Scored,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        readout: str = "last",
+        *,
+        mean: float = 0.0,
+        std: float = 1.0,
+        tokens_per_micro_batch: int = scorer.TOKENS_PER_MICRO_BATCH,
+    ):
+        self.readout = chosen("readout", readout, READOUTS)
+        super().__init__(model, tokenizer, mean=mean, std=std, tokens_per_micro_batch=tokens_per_micro_batch)
 
     @torch.no_grad()
-    def score(
-        self,
-        ids: np.ndarray,
-        prompt_lengths: np.ndarray,
-        lengths: np.ndarray,
-        *,
-        normalise: bool = False,
-        batch_size: int = 512,
-    ) -> np.ndarray:
-        """Score whole sequences, in batches of similar length.
+    def score(self, sequences: Sequences) -> np.ndarray:
+        """Raw scores, float32 [sequence]; equal sequences are computed once.
 
-        Args:
-            ids: int64 [sequence, length], prompt and response joined, padded on the right.
-            prompt_lengths: int64 [sequence], tokens of the prompt.
-            lengths: int64 [sequence], tokens of prompt and response; above prompt_lengths.
-            normalise: shift and scale to the training responses' mean 0 and standard deviation 1.
-            batch_size: sequences scored together.
-
-        Returns:
-            float32 [sequence].
+        Raises ValueError for an empty response; see `scorer.Scorer.own` for sequences of another tokenizer.
         """
-        first, inverse = distinct(ids, lengths)
-        scores = np.zeros(len(first), np.float32)
-        order = np.argsort(lengths[first], kind="stable")
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            index = first[rows]
-            batch = sequence_scores(self.model, ids[index], prompt_lengths[index], lengths[index], self.readout)
-            scores[rows] = batch.numpy()
-        return (scores[inverse] - self.mean) / self.std if normalise else scores[inverse]
+        if not len(sequences):
+            return np.zeros(0, np.float32)
+        sequences = self.own(sequences)
+        first, inverse = scorer.distinct(sequences)
+        scores = sequence_scores(self.model, sequences[first], self.readout, self.tokens_per_micro_batch)
+        return scores.cpu().numpy()[inverse]
 
     def score_responses(self, responses: Responses) -> np.ndarray:
-        """Raw scores, float32 [prompt, sample]."""
-        ids, lengths = responses.sequences()
-        prompts = np.repeat(responses.prompt_lengths.astype(np.int64), responses.num_samples)
-        return self.score(ids.reshape(-1, ids.shape[2]), prompts, lengths.reshape(-1)).reshape(lengths.shape)
-
-
-def distinct(ids: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows that differ, so that equal sequences are computed once: responses to one prompt often repeat.
-
-    Returns:
-        int64 [distinct], the first row of each kind; and int64 [row], which of them each row equals.
-    """
-    rows = np.column_stack([ids, lengths])
-    _, first, inverse = np.unique(rows, axis=0, return_index=True, return_inverse=True)
-    return first, inverse.reshape(-1)
+        """Raw scores of stored responses in the model's tokens, float32 [prompt, sample]."""
+        return self.score(response_sequences(responses)).reshape(responses.gold.shape)
 
 
 def sequence_scores(
-    model: nn.Module, ids: np.ndarray, prompt_lengths: np.ndarray, lengths: np.ndarray, readout: str
+    model: scorer.Scored, sequences: Sequences, readout: str, tokens: int = scorer.TOKENS_PER_MICRO_BATCH
 ) -> torch.Tensor:
-    """float32 [sequence], differentiable; see `OutcomeRewardModel`. The score head runs on the read positions only."""
-    batch = torch.from_numpy(ids[:, : int(lengths.max())])
-    position = torch.arange(batch.shape[1])
-    end = torch.from_numpy(np.asarray(lengths, np.int64))[:, None]
-    trunk = model.get_base_model() if isinstance(model, PeftModel) else model
-    hidden = trunk.model(input_ids=batch, attention_mask=(position < end).long(), use_cache=False).last_hidden_state
-    start = end - 1 if readout == "last" else torch.from_numpy(np.asarray(prompt_lengths, np.int64))[:, None]
-    read = (position >= start) & (position < end)
-    scores = hidden.new_zeros(batch.shape)
-    scores[read] = trunk.score(hidden[read]).squeeze(-1)
-    return scores.sum(1).float()
+    """float32 [sequence], differentiable; see `OutcomeRewardModel` for the readout and `scorer.read`."""
+    position = np.arange(sequences.ids.shape[1])
+    end = sequences.lengths[:, None]
+    where = (position >= (end - 1 if readout == "last" else sequences.prompt_lengths[:, None])) & (position < end)
+    read = scorer.read(model, sequences, where, tokens)
+    by_token = read.new_zeros(where.shape)
+    by_token[torch.from_numpy(where).to(read.device)] = read
+    return by_token.sum(1)
 
 
 def train(
-    model: PreTrainedModel,
-    data: Sequence[Responses],
+    model: scorer.Scored,
+    data: Sequence[Responses | Labelled],
     *,
     epochs: int,
     prompts_per_batch: int,
     lr: float,
-    muon_lr: float,
     lora_rank: int,
     readout: str,
     seed: Sequence[int],
-) -> tuple[PreTrainedModel, list[dict[str, float]]]:
-    """Train a scorer with the Bradley-Terry loss on all pairs within each prompt.
+    muon_lr: float | None = None,
+    loss: str = "pairs",
+    margin: float = 0.0,
+    centring: float = 0.0,
+    pointwise_weight: float = 1.0,
+    tokens_per_micro_batch: int = scorer.TOKENS_PER_MICRO_BATCH,
+    merge: bool = True,
+) -> tuple[scorer.Scored, list[dict[str, float]]]:
+    """Train a scorer on comparisons within each prompt, on correctness labels, or on both.
 
     Args:
-        model: from ``models.load_scorer(..., init_seed=...)``; trained in place.
-        data: labelled responses; their prompts are pooled.
+        model: e.g. from ``models.load_scorer(..., init_seed=...)``; trained in place.
+        data: labelled responses in the model's tokens; a batch never mixes two of them (`Labelled.concat` does).
         epochs: passes over the prompts.
-        prompts_per_batch: prompts in a batch, each with all its responses.
-        lr: AdamW's rate; muon_lr: of the matrices, if all weights are trained.
-        lora_rank: 0 trains all weights, otherwise adapters of that rank are trained and folded in at the end.
+        prompts_per_batch: prompts (groups) in a batch, each with all its responses.
+        lr: AdamW's rate; muon_lr: of the matrices, needed if all weights are trained.
+        lora_rank: 0 trains all weights, otherwise adapters of that rank and the head.
         readout: "last" or "sum", see `OutcomeRewardModel`.
         seed: entropy of the prompts' order and of the adapters.
+        loss: ``pairs``: Bradley-Terry on all pairs of unequal gold within a prompt; ``pointwise``: binary
+            cross-entropy on ``correct``; ``both``: their sum, see `losses.multitask`.
+        margin: of the pairs, in score for each unit of gold; centring: weight of `losses.centring` over the pairs;
+            both need pairs.
+        pointwise_weight: of the pointwise loss in ``both``.
+        tokens_per_micro_batch: sequences of a batch are computed in parts of similar length; changes the speed only.
+        merge: fold the adapters in at the end, rounding to the weights' precision; not for a quantised model.
 
     Returns:
-        the trained model without adapters, and one record of step, loss and accuracy for each step.
+        the trained model, and one record of step, loss and accuracy for each step: the share of rightly ordered pairs,
+        for ``pointwise`` the share of right signs, which ``both`` has as label_accuracy (NaN without such labels).
 
     Raises:
-        ValueError: no prompt has two responses of unequal gold.
-        lm.Diverged: the loss is not finite.
+        ValueError: an unknown name or an option without use; no prompt has labels of the kind asked for.
+        lm.Diverged: the loss or its gradient is not finite.
     """
+    chosen("readout", readout, READOUTS)
+    scorer.at_least_one(
+        epochs=epochs, prompts_per_batch=prompts_per_batch, tokens_per_micro_batch=tokens_per_micro_batch
+    )
+    objective = _objective(loss, margin, centring, pointwise_weight)
     rng = np.random.default_rng(seed)
-    trained = _with_adapters(model, lora_rank, int(rng.integers(2**31))) if lora_rank else model
-    trained.train()
-    chosen = _optimizers(trained, lr, muon_lr, lora_rank)
-    base_rates = [group["lr"] for optimizer in chosen for group in optimizer.param_groups]
-    batches = [batch for _ in range(epochs) for batch in _batches(data, prompts_per_batch, rng)]
-    if not batches:
-        raise ValueError("data: no prompt has responses of unequal gold, so there is nothing to compare")
-    records = []
-    for step, (ids, prompt_lengths, lengths, gold) in enumerate(batches):
-        factor = lm.warmup_stable_decay(step, len(batches), warmup=20)
-        groups = [group for optimizer in chosen for group in optimizer.param_groups]
-        for group, rate in zip(groups, base_rates, strict=True):
-            group["lr"] = factor * rate
-        first, inverse = distinct(ids, lengths)
-        scores = sequence_scores(trained, ids[first], prompt_lengths[first], lengths[first], readout)
-        scores = scores[torch.from_numpy(inverse)].view(gold.shape)
-        loss = bradley_terry(scores, torch.from_numpy(gold))
-        if not torch.isfinite(loss):
-            raise lm.Diverged(f"step {step}: reward-model loss is {loss.item()}; lower the learning rate")
-        trained.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_([p for p in trained.parameters() if p.requires_grad], 1.0)
-        if not torch.isfinite(norm):
-            raise lm.Diverged(f"step {step}: reward-model gradient norm is {norm.item()}; lower the learning rate")
-        for optimizer in chosen:
-            optimizer.step()
-        accuracy = float(np.nanmean(pair_accuracy(scores.detach().numpy(), gold)))
-        records.append({"step": step, "loss": loss.item(), "accuracy": accuracy})
-    trained = trained.merge_and_unload() if lora_rank else trained
-    return trained.eval(), records
+    labelled = [Labelled.from_responses(part) if isinstance(part, Responses) else part for part in data]
+    if not any(_useful(part, loss).any() for part in labelled):
+        wanted = {"pairs": "responses of unequal gold", "pointwise": "a correctness label", "both": "labels"}[loss]
+        raise ValueError(f"data: no prompt has {wanted}, so there is nothing to learn")
+    trained = scorer.prepare(model, lora_rank, merge, rng)
+    optimizers = scorer.optimizers(trained, lr, muon_lr)
+    batches = [batch for _ in range(epochs) for batch in _batches(labelled, prompts_per_batch, loss, rng)]
+
+    def loss_of(batch: Labelled) -> tuple[torch.Tensor, dict[str, float]]:
+        first, inverse = scorer.distinct(batch.sequences)
+        scores = sequence_scores(trained, batch.sequences[first], readout, tokens_per_micro_batch)
+        scores = scores[torch.from_numpy(inverse).to(scores.device)]
+        gold, correct, group = (torch.from_numpy(x).to(scores.device) for x in (batch.gold, batch.correct, batch.group))
+        return objective(scores, gold, correct, group=group), _accuracies(scores, gold, correct, group, loss)
+
+    records = scorer.fit(trained, batches, loss_of, optimizers)
+    return scorer.finish(trained, merge), records
+
+
+def _objective(loss: str, margin: float, centring: float, pointwise_weight: float) -> Callable[..., torch.Tensor]:
+    chosen("loss", loss, LOSSES)
+    if loss == "pointwise" and (margin or centring):
+        raise ValueError("margin and centring are of pairs: without use in loss='pointwise'")
+    if loss != "both" and pointwise_weight != 1:
+        raise ValueError(f"pointwise_weight: without use in loss={loss!r}")
+    if margin < 0 or centring < 0 or not pointwise_weight > 0:
+        raise ValueError("margin and centring must be at least 0, pointwise_weight above 0")
+    weights = {"pairs": (1.0, 0.0), "pointwise": (0.0, 1.0), "both": (1.0, pointwise_weight)}[loss]
+    return partial(
+        multitask, pairs_weight=weights[0], pointwise_weight=weights[1], margin=margin, centring_weight=centring
+    )
+
+
+def _useful(data: Labelled, loss: str) -> np.ndarray:
+    """bool [sequence]: which responses have a label that the loss asks for."""
+    compared, labelled = data.compared(), ~np.isnan(data.correct)
+    return {"pairs": compared, "pointwise": labelled, "both": compared | labelled}[loss]
 
 
 def _batches(
-    data: Sequence[Responses], prompts_per_batch: int, rng: np.random.Generator
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
-    """One epoch of (ids, prompt lengths, lengths, gold), prompts bucketed by length; a batch never mixes two data sets.
+    data: Sequence[Labelled], prompts_per_batch: int, loss: str, rng: np.random.Generator
+) -> Iterator[Labelled]:
+    """One epoch, groups bucketed by their longest sequence and numbered from 0 in each batch.
 
-    Prompts whose responses all have equal gold teach nothing and are left out.
+    Responses without a label that the loss asks for teach nothing and are left out, e.g. for ``pairs`` those of prompts
+    whose responses all have equal gold.
     """
     epoch = []
-    for responses in data:
-        informative = np.flatnonzero(responses.gold.max(1) > responses.gold.min(1))
-        ids, lengths = responses.sequences()
-        ids, lengths, gold = ids[informative], lengths[informative], responses.gold[informative]
-        prompt_lengths = responses.prompt_lengths[informative].astype(np.int64)
-        for index in bucketed_batches(lengths.max(1), prompts_per_batch, rng):
-            flat = lengths[index].reshape(-1)
-            prompts = np.repeat(prompt_lengths[index], responses.num_samples)
-            epoch.append((ids[index].reshape(len(flat), -1), prompts, flat, gold[index]))
+    for part in data:
+        part = part[np.flatnonzero(_useful(part, loss))]
+        _, row, counts = np.unique(part.group, return_inverse=True, return_counts=True)
+        members = np.split(np.argsort(row, kind="stable"), counts.cumsum()[:-1])
+        longest = np.zeros(len(counts), np.int64)
+        np.maximum.at(longest, row, part.sequences.lengths)
+        for index in bucketed_batches(longest, prompts_per_batch, rng):
+            batch = part[np.concatenate([members[group] for group in index])]
+            numbered = np.repeat(np.arange(len(index)), counts[index])
+            epoch.append(Labelled(batch.sequences, numbered, batch.gold, batch.correct))
     for position in rng.permutation(len(epoch)):
         yield epoch[position]
 
 
-def _with_adapters(model: PreTrainedModel, rank: int, seed: int) -> PeftModel:
-    config = models.lora_config(rank, 2.0 * rank)
-    config.modules_to_save = ["score"]
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return get_peft_model(model, config, adapter_name=models.REWARD)
-
-
-def _optimizers(model: nn.Module, lr: float, muon_lr: float, lora_rank: int) -> list[torch.optim.Optimizer]:
-    if lora_rank:
-        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        return [torch.optim.AdamW(trainable, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
-    return lm.optimizers(model, lr, muon_lr)
+def _accuracies(
+    scores: torch.Tensor, gold: torch.Tensor, correct: torch.Tensor, group: torch.Tensor, loss: str
+) -> dict[str, float]:
+    scores = scores.detach()
+    right = ((scores > 0) == (correct > 0.5))[~torch.isnan(correct)].float().mean().item()
+    if loss == "pointwise":
+        return {"accuracy": right}
+    laid_out = by_group(scores, group, 0.0).cpu().numpy(), by_group(gold, group, float("nan")).cpu().numpy()
+    by_prompt = pair_accuracy(*laid_out)
+    by_prompt = by_prompt[~np.isnan(by_prompt)]
+    ordered = {"accuracy": float(by_prompt.mean()) if len(by_prompt) else float("nan")}
+    return ordered | {"label_accuracy": right} if loss == "both" else ordered

@@ -1,0 +1,206 @@
+"""What a reward is, and rewards made of other rewards.
+
+A reward is anything with ``score(sequences) -> float32 [sequence]``: a reward model, a verifier, a mixture of them. A
+plain function of texts becomes one by `as_reward`. Trainers and samplers ask nothing else of it.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+from torch import nn
+
+from rlhfscale.sequences import Sequences
+
+TextFunction = Callable[[list[str], list[str]], Sequence[float]]
+"""``fn(prompts, responses)``: one number for each pair of texts, special tokens left out."""
+
+COMBINE = ("mean", "worst", "uncertainty", "deviation")
+
+
+class Reward(Protocol):
+    """Scores whole sequences."""
+
+    def score(self, sequences: Sequences) -> np.ndarray:
+        """float32 [sequence]; higher is better."""
+        ...
+
+
+class TextReward:
+    """A function of texts as a reward.
+
+    Args:
+        function: called with the prompts' and the responses' texts; the sequences must carry their tokenizer.
+    """
+
+    def __init__(self, function: TextFunction):
+        self.function = function
+
+    def score(self, sequences: Sequences) -> np.ndarray:
+        """float32 [sequence]. Raises ValueError for a wrong number of scores or one that is not finite."""
+        return checked(self.function(sequences.prompts, sequences.responses), len(sequences))
+
+
+def as_reward(reward: Reward | TextFunction) -> Reward:
+    """A reward as it is; a plain callable ``fn(prompts, responses)`` wrapped in a `TextReward`.
+
+    Raises:
+        TypeError: neither; or a torch module without a ``score`` method of its own (the ``score`` of a transformers
+            model is its linear head), or a class instead of an object.
+    """
+    score = getattr(reward, "score", None)
+    if isinstance(reward, type):
+        raise TypeError(f"reward: {reward.__name__} is a class; give an object of it")
+    if callable(score) and not isinstance(score, nn.Module):
+        return reward
+    if isinstance(reward, nn.Module):
+        raise TypeError(f"reward: a bare {type(reward).__name__}; wrap it, e.g. OutcomeRewardModel(model, tokenizer)")
+    if callable(reward):
+        return TextReward(reward)
+    raise TypeError(
+        f"reward: {type(reward).__name__} has no method score(sequences) and is no function fn(prompts, responses)"
+    )
+
+
+def checked(scores: Sequence[float] | np.ndarray, count: int) -> np.ndarray:
+    """Scores as float32 [count].
+
+    Raises:
+        ValueError: another shape, or a score that is NaN or infinite (names the first such sample).
+    """
+    if hasattr(scores, "detach"):
+        scores = scores.detach().float().cpu()
+    with np.errstate(over="ignore"):
+        scores = np.asarray(scores, np.float32)
+    if scores.shape != (count,):
+        raise ValueError(f"a reward gave scores of shape {list(scores.shape)} for {count} samples; expected [{count}]")
+    if not np.isfinite(scores).all():
+        sample = int(np.flatnonzero(~np.isfinite(scores))[0])
+        raise ValueError(f"a reward gave sample {sample} the score {scores[sample]}; scores must be finite")
+    return scores
+
+
+def scored(reward: Reward, sequences: Sequences) -> np.ndarray:
+    """The reward's checked scores, float32 [sequence]."""
+    return checked(reward.score(sequences), len(sequences))
+
+
+class Mixed:
+    """A weighted sum of rewards, e.g. of a verifier and a reward model.
+
+    Args:
+        parts: (weight, reward) of each; a reward may be a plain function.
+
+    Raises:
+        ValueError: no part, or a weight that is not finite.
+    """
+
+    def __init__(self, parts: Sequence[tuple[float, Reward | TextFunction]]):
+        if not parts:
+            raise ValueError("parts: a mixture needs at least one (weight, reward)")
+        for index, (weight, _) in enumerate(parts):
+            if not math.isfinite(weight):
+                raise ValueError(f"parts: weight {index} is {weight}; weights must be finite")
+        self.parts = [(float(weight), as_reward(reward)) for weight, reward in parts]
+
+    def score(self, sequences: Sequences) -> np.ndarray:
+        return checked(sum(weight * scored(reward, sequences) for weight, reward in self.parts), len(sequences))
+
+
+class Ensemble:
+    """Several rewards of one scale (normalise them first), made one conservatively (Coste et al. 2023, 2310.02743).
+
+    Args:
+        rewards: the members.
+        combine: ``mean`` over the members; ``worst``: their minimum, the paper's worst-case optimisation;
+            ``uncertainty``: mean minus ``penalty`` times their variance, its uncertainty-weighted optimisation;
+            ``deviation``: mean minus ``penalty`` times their standard deviation, which keeps the scores' unit (ours).
+            Variance and deviation divide by the number of members.
+        penalty: at least 0; needed by the last two, refused by the others.
+
+    Raises:
+        ValueError: no member, an unknown ``combine``, or a penalty that is missing, negative or without use.
+    """
+
+    def __init__(self, rewards: Sequence[Reward | TextFunction], combine: str = "mean", penalty: float | None = None):
+        chosen("combine", combine, COMBINE)
+        if not rewards:
+            raise ValueError("rewards: an ensemble needs at least one member")
+        if (penalty is not None) != (combine in ("uncertainty", "deviation")):
+            raise ValueError(f"penalty: {penalty} with combine={combine!r}; 'uncertainty' and 'deviation' need one")
+        if penalty is not None and not 0 <= penalty < math.inf:
+            raise ValueError(f"penalty: {penalty} is not a finite number of at least 0")
+        self.rewards = [as_reward(reward) for reward in rewards]
+        self.combine, self.penalty = combine, penalty
+
+    def score(self, sequences: Sequences) -> np.ndarray:
+        members = np.stack([scored(reward, sequences) for reward in self.rewards])
+        if self.combine == "worst":
+            return members.min(0)
+        if self.combine == "mean":
+            return members.mean(0)
+        spread = members.var(0) if self.combine == "uncertainty" else members.std(0)
+        return checked(members.mean(0) - self.penalty * spread, len(sequences))
+
+
+class Normalised:
+    """A reward shifted and scaled: ``(score - mean) / std``.
+
+    Args:
+        reward: the raw reward.
+        mean, std: of its scores on reference responses, e.g. those it was trained on; see `fit`.
+
+    Raises:
+        ValueError: std is not a positive number, or mean is not finite.
+    """
+
+    def __init__(self, reward: Reward | TextFunction, mean: float, std: float):
+        self.reward = as_reward(reward)
+        self.mean, self.std = moments(mean, std)
+
+    @classmethod
+    def fit(cls, reward: Reward | TextFunction, sequences: Sequences) -> "Normalised":
+        """Normalised to mean 0 and standard deviation 1 over these sequences. Raises ValueError if all score alike."""
+        scores = scored(as_reward(reward), sequences)
+        return cls(reward, float(scores.mean()), float(scores.std()))
+
+    def score(self, sequences: Sequences) -> np.ndarray:
+        return (scored(self.reward, sequences) - self.mean) / self.std
+
+
+class Shrunk:
+    """Asymmetric reward shrinking: scores below zero are multiplied by ``factor``, the others are kept.
+
+    Hou et al. 2024 (2412.06000) name the method; its details are not known here. This is our reading: after
+    normalisation the punishment of a bad response is damped and the incentive of a good one is not. Give it a
+    `Normalised` reward, so that zero is the mean.
+
+    Args:
+        factor: in (0, 1]; 1 changes nothing. Raises ValueError outside.
+    """
+
+    def __init__(self, reward: Reward | TextFunction, factor: float):
+        if not 0 < factor <= 1:
+            raise ValueError(f"factor: {factor} is not in (0, 1]")
+        self.reward, self.factor = as_reward(reward), factor
+
+    def score(self, sequences: Sequences) -> np.ndarray:
+        scores = scored(self.reward, sequences)
+        return np.where(scores < 0, np.float32(self.factor) * scores, scores)
+
+
+def moments(mean: float, std: float) -> tuple[float, float]:
+    """Mean and standard deviation to normalise by, as floats. Raises ValueError where they cannot be used."""
+    if not math.isfinite(mean) or not 0 <= std < math.inf:
+        raise ValueError(f"mean {mean} and std {std} must be finite, and std positive")
+    if std == 0:
+        raise ValueError("std: 0; the reward gives every response the same score; train a reward model longer")
+    return float(mean), float(std)
+
+
+def chosen(name: str, value: str, allowed: Sequence[str]) -> str:
+    """``value``, if it is one of the allowed names. Raises ValueError that lists them."""
+    if value not in allowed:
+        raise ValueError(f"{name}: {value!r} is not one of {', '.join(map(repr, allowed))}")
+    return value

@@ -1,0 +1,250 @@
+"""Labelled responses to train reward models on: comparisons, correctness, and right or wrong steps."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from rlhfscale import tasks
+from rlhfscale.data.demonstrations import encode_prompts, token_ids
+from rlhfscale.data.responses import Responses, decode
+from rlhfscale.samplers.base import Completions
+from rlhfscale.sequences import Sequences
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Whole responses with labels of one or both kinds.
+
+    Attributes:
+        sequences: in the tokens of the model to be trained.
+        group: int64 [sequence]; responses of equal number answer one prompt and are compared with each other.
+        gold: float32 [sequence], higher is better; a comparison holds where it differs within a group; NaN is none.
+        correct: float32 [sequence], 1 right, 0 wrong; NaN is none.
+
+    Raises:
+        ValueError: an empty response, arrays of unequal length, infinite gold, or correctness that is neither 0, 1 nor
+            NaN (names the sample).
+    """
+
+    sequences: Sequences
+    group: np.ndarray
+    gold: np.ndarray
+    correct: np.ndarray
+
+    def __post_init__(self):
+        nonempty(self.sequences)
+        for name in ("group", "gold", "correct"):
+            if getattr(self, name).shape != (len(self.sequences),):
+                raise ValueError(f"{name} has shape {getattr(self, name).shape} for {len(self.sequences)} sequences")
+        _refuse("gold", self.gold, ~np.isinf(self.gold), "must be finite, or NaN for none")
+        _refuse("correct", self.correct, _is_label(self.correct), "must be 0 or 1, or NaN for none")
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def __getitem__(self, index: np.ndarray | slice) -> "Labelled":
+        return Labelled(self.sequences[index], self.group[index], self.gold[index], self.correct[index])
+
+    def compared(self) -> np.ndarray:
+        """bool [sequence]: has gold, and some response of its group has other gold."""
+        _, row = np.unique(self.group, return_inverse=True)
+        lowest, highest = np.full(len(row), np.inf), np.full(len(row), -np.inf)
+        np.fmin.at(lowest, row, self.gold)
+        np.fmax.at(highest, row, self.gold)
+        return ~np.isnan(self.gold) & (lowest < highest)[row]
+
+    @classmethod
+    def from_responses(cls, responses: Responses, tokenizer: PreTrainedTokenizerBase | None = None) -> "Labelled":
+        """The study's labelled responses: a prompt's samples are a group, ``correct`` is an exactly right answer."""
+        group = np.repeat(np.arange(responses.num_prompts), responses.num_samples)
+        gold, correct = responses.gold.reshape(-1), responses.exact.reshape(-1).astype(np.float32)
+        return cls(response_sequences(responses, tokenizer), group, gold, correct)
+
+    @classmethod
+    def from_pairs(
+        cls,
+        pairs: Sequence[tuple[str, str, str]],
+        tokenizer: PreTrainedTokenizerBase,
+        strengths: Sequence[float] | None = None,
+    ) -> "Labelled":
+        """From texts (prompt, chosen, rejected); each pair is a group of its own, the chosen response first.
+
+        Args:
+            strengths: how much the chosen response is better, as its gold above the rejected one's 0; 1 unless given.
+
+        Raises:
+            ValueError: no pair, unequal numbers, or a strength that is not above 0 (names the pair); see also `encode`.
+        """
+        strengths = np.ones(len(pairs)) if strengths is None else np.asarray(strengths, np.float32)
+        if not pairs or len(strengths) != len(pairs):
+            raise ValueError(f"{len(pairs)} pairs with {len(strengths)} strengths")
+        _refuse("strengths", strengths, strengths > 0, "must be above 0")
+        prompts = [prompt for prompt, _, _ in pairs for _ in range(2)]
+        responses = [response for _, chosen, rejected in pairs for response in (chosen, rejected)]
+        gold = np.column_stack([strengths, np.zeros(len(pairs))]).reshape(-1).astype(np.float32)
+        sequences = encode(tokenizer, prompts, responses, np.ones(len(prompts), bool))
+        return cls(sequences, np.repeat(np.arange(len(pairs)), 2), gold, np.full(len(gold), np.nan, np.float32))
+
+    @classmethod
+    def from_labels(cls, rows: Sequence[tuple[str, str, float]], tokenizer: PreTrainedTokenizerBase) -> "Labelled":
+        """From texts (prompt, response, correct), correct being 0 or 1; see `encode` for errors."""
+        if not rows:
+            raise ValueError("rows: no labelled response")
+        sequences = encode(tokenizer, [row[0] for row in rows], [row[1] for row in rows], np.ones(len(rows), bool))
+        correct = np.array([row[2] for row in rows], np.float32)
+        return cls(sequences, np.arange(len(rows)), np.full(len(rows), np.nan, np.float32), correct)
+
+    @classmethod
+    def concat(cls, parts: Sequence["Labelled"]) -> "Labelled":
+        """Several data sets as one, so that batches mix them; groups of different parts stay apart.
+
+        The tokenizer of the first part is kept: all must hold the tokens of one.
+        """
+        groups, start = [], 0
+        for part in parts:
+            numbers, row = np.unique(part.group, return_inverse=True)
+            groups.append(row + start)
+            start += len(numbers)
+        gold, correct = (np.concatenate([getattr(part, name) for part in parts]) for name in ("gold", "correct"))
+        return cls(join([part.sequences for part in parts]), np.concatenate(groups), gold, correct)
+
+
+@dataclass(frozen=True)
+class StepLabelled:
+    """Responses with a label for each of their steps.
+
+    Attributes:
+        sequences: in the tokens of the model to be trained.
+        labels: float32 [sequence, step], 1 right, 0 wrong; NaN is none, as after the last step.
+
+    Raises:
+        ValueError: an empty response, unequal numbers, or a label that is neither 0, 1 nor NaN (names the sample).
+    """
+
+    sequences: Sequences
+    labels: np.ndarray
+
+    def __post_init__(self):
+        nonempty(self.sequences)
+        if self.labels.ndim != 2 or len(self.labels) != len(self.sequences):
+            raise ValueError(f"labels have shape {self.labels.shape} for {len(self.sequences)} sequences")
+        _refuse("labels", self.labels, _is_label(self.labels).all(1), "must be 0 or 1, or NaN for none")
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def __getitem__(self, index: np.ndarray | slice) -> "StepLabelled":
+        return StepLabelled(self.sequences[index], self.labels[index])
+
+    @classmethod
+    def from_completions(
+        cls,
+        problems: Sequence[tasks.Problem],
+        completions: Completions,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> "StepLabelled":
+        """Label completions by the tasks' step checkers; ``completions`` holds the samples of each problem in a row."""
+        rows = zip(completions.ids, completions.lengths, strict=True)
+        responses = [row[:length].tolist() for row, length in rows]
+        prompts = _repeated(encode_prompts(problems), len(responses))
+        sequences = Sequences.join(prompts, responses, completions.finished, tokenizer)
+        return cls._graded(problems, sequences)
+
+    @classmethod
+    def from_responses(
+        cls, problems: Sequence[tasks.Problem], responses: Responses, tokenizer: PreTrainedTokenizerBase | None = None
+    ) -> "StepLabelled":
+        """The same for stored responses, whose problems are asked for again: they do not say which steps are right."""
+        return cls._graded(problems, response_sequences(responses, tokenizer))
+
+    @classmethod
+    def _graded(cls, problems: Sequence[tasks.Problem], sequences: Sequences) -> "StepLabelled":
+        """One label for each step end; an empty step begun by a separator at which the response was cut has none."""
+        num_steps = step_ends(sequences, study_step_ids()).sum(1)
+        labels = np.full((len(sequences), int(num_steps.max())), np.nan, np.float32)
+        for row, problem in enumerate(_repeated(problems, len(sequences))):
+            response = sequences.ids[row, sequences.prompt_lengths[row] : sequences.lengths[row]]
+            steps = tasks.grade(problem, decode(response.tolist()), bool(sequences.finished[row])).steps
+            labels[row, : num_steps[row]] = steps[: num_steps[row]]
+        return cls(sequences, labels)
+
+
+def study_step_ids() -> tuple[int, ...]:
+    """The token that closes a step in the study's tasks, as their tokenizer maps it."""
+    return (token_ids()[tasks.STEP],)
+
+
+def step_ends(sequences: Sequences, step_ids: Sequence[int]) -> np.ndarray:
+    """bool [sequence, length]: the response's tokens that close a step, and its last token, which closes the last."""
+    position = np.arange(sequences.ids.shape[1])
+    response = (position >= sequences.prompt_lengths[:, None]) & (position < sequences.lengths[:, None])
+    last = position == sequences.lengths[:, None] - 1
+    return response & np.isin(sequences.ids, step_ids) | last
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], responses: Sequence[str], finished: np.ndarray
+) -> Sequences:
+    """Texts as sequences: each prompt with the tokenizer's opening special tokens, then its response, encoded by
+    itself, then end-of-sequence where ``finished`` (bool [sequence]).
+
+    Raises:
+        ValueError: an empty prompt or response, a symbol that the tokenizer has no token for (names the sample), or a
+            finished response without an end-of-sequence token to close it.
+    """
+    pad, bos, eos = tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id
+    if eos is None and np.any(finished):
+        raise ValueError("the tokenizer has no end-of-sequence token, so no response can be finished")
+    heads = tokenizer(list(prompts)).input_ids
+    heads = [row[:-1] if row and row[-1] == eos else row for row in heads]  # some tokenizers close every text
+    tails = tokenizer(list(responses), add_special_tokens=False).input_ids
+    unknown = {tokenizer.unk_token_id, pad} - {None, bos, eos}
+    for index, (head, tail) in enumerate(zip(heads, tails, strict=True)):
+        if not unknown.isdisjoint(head + tail):
+            raise ValueError(f"sample {index} holds a symbol that the tokenizer has no token for")
+    tails = [[*tail, eos] if done else tail for tail, done in zip(tails, finished, strict=True)]
+    return Sequences.join(heads, tails, finished, tokenizer, pad_id=0 if pad is None else pad)
+
+
+def response_sequences(responses: Responses, tokenizer: PreTrainedTokenizerBase | None = None) -> Sequences:
+    """Stored responses as sequences, the samples of each prompt in a row."""
+    ids, lengths = responses.sequences()
+    prompts = np.repeat(responses.prompt_lengths.astype(np.int64), responses.num_samples)
+    flat = ids.reshape(-1, ids.shape[2]), prompts, lengths.reshape(-1), responses.finished.reshape(-1)
+    return Sequences(*flat, tokenizer)
+
+
+def join(parts: Sequence[Sequences]) -> Sequences:
+    """Several batches of sequences as one, with the first one's tokenizer."""
+    width = max(part.ids.shape[1] for part in parts)
+    ids = np.concatenate([np.pad(part.ids, ((0, 0), (0, width - part.ids.shape[1]))) for part in parts])
+    names = "prompt_lengths", "lengths", "finished"
+    fields = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+    return replace(parts[0], ids=ids, **fields)
+
+
+def nonempty(sequences: Sequences) -> Sequences:
+    """The sequences themselves. Raises ValueError that names the first with an empty response."""
+    empty = np.flatnonzero(sequences.lengths <= sequences.prompt_lengths)
+    if len(empty):
+        raise ValueError(f"response {empty[0]} is empty")
+    return sequences
+
+
+def _is_label(values: np.ndarray) -> np.ndarray:
+    return np.isnan(values) | (values == 0) | (values == 1)
+
+
+def _refuse(name: str, values: np.ndarray, good: np.ndarray, rule: str) -> None:
+    if not good.all():
+        sample = int(np.flatnonzero(~good)[0])
+        raise ValueError(f"{name}: sample {sample} has {np.array2string(np.asarray(values[sample]))}; it {rule}")
+
+
+def _repeated(items: Sequence, count: int) -> list:
+    """Each item as often as it takes to make ``count``. Raises ValueError where that is no whole number."""
+    if not len(items) or count % len(items):
+        raise ValueError(f"{count} responses are not a whole number of samples to each of {len(items)} problems")
+    return [item for item in items for _ in range(count // len(items))]

@@ -1,0 +1,170 @@
+"""The process reward model: for each step of a response the probability that it is right, read where the step ends."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from rlhfscale.data.documents import bucketed_batches
+from rlhfscale.rewards import losses, scorer
+from rlhfscale.rewards.base import chosen
+from rlhfscale.rewards.labelled import StepLabelled, step_ends
+from rlhfscale.rewards.metrics import sigmoid
+from rlhfscale.sequences import Sequences
+
+AGGREGATES = {"last": lambda p: p[-1], "min": np.min, "product": np.prod}
+
+
+class ProcessRewardModel(scorer.Scorer):
+    """A process reward model, frozen.
+
+    Args:
+        model: a decoder-only sequence-classification model with one output, with PEFT adapters or without; frozen in
+            place, and its score head made float32. The head's output at a step's end is the logit that it is right.
+        tokenizer: of the model; None takes any sequence's ids for its own.
+        step_ids: ids of the tokens that close a step, see `find_step_ids`. The response's last token closes its last
+            step, whichever it is.
+        aggregate: how the probabilities of a response's steps make its score, which is a probability too: that of the
+            ``last`` step, their ``min``, or their ``product`` (Lightman et al. 2023, appendix F, compare the last two;
+            Snell et al. 2024 take the first).
+        mean, std: of the scores over training responses, for `normalised`.
+        tokens_per_micro_batch: tokens computed together, padding included; changes the speed only.
+    """
+
+    _options = ("step_ids", "aggregate")
+
+    def __init__(
+        self,
+        model: scorer.Scored,
+        tokenizer: PreTrainedTokenizerBase | None,
+        step_ids: Sequence[int],
+        aggregate: str = "last",
+        *,
+        mean: float = 0.0,
+        std: float = 1.0,
+        tokens_per_micro_batch: int = scorer.TOKENS_PER_MICRO_BATCH,
+    ):
+        self.aggregate = chosen("aggregate", aggregate, tuple(AGGREGATES))
+        self.step_ids = _step_ids(step_ids)
+        super().__init__(model, tokenizer, mean=mean, std=std, tokens_per_micro_batch=tokens_per_micro_batch)
+
+    def score(self, sequences: Sequences) -> np.ndarray:
+        """The aggregated probability of each response, float32 [sequence] in [0, 1]. Errors as in `step_scores`."""
+        combine = AGGREGATES[self.aggregate]
+        return np.array([combine(steps) for steps in self.step_scores(sequences)], np.float32)
+
+    @torch.no_grad()
+    def step_scores(self, sequences: Sequences) -> list[np.ndarray]:
+        """The probability that each step is right: for each sequence float64 [step], at least one step.
+
+        Raises ValueError for an empty response; see `scorer.Scorer.own` for sequences of another tokenizer.
+        """
+        if not len(sequences):
+            return []
+        sequences = self.own(sequences)
+        first, inverse = scorer.distinct(sequences)
+        kinds = sequences[first]
+        ends = step_ends(kinds, self.step_ids)
+        logits = scorer.read(self.model, kinds, ends, self.tokens_per_micro_batch).cpu().numpy()
+        steps = np.split(sigmoid(logits), ends.sum(1).cumsum()[:-1])
+        return [steps[kind] for kind in inverse]
+
+
+def find_step_ids(tokenizer: PreTrainedTokenizerBase, separator: str) -> tuple[int, ...]:
+    """Ids of the tokens whose text holds the separator, e.g. of a newline also the token of two.
+
+    Raises:
+        ValueError: no token holds it.
+    """
+    ids = sorted(tokenizer.get_vocab().values())
+    texts = tokenizer.batch_decode([[index] for index in ids])
+    found = tuple(index for index, text in zip(ids, texts, strict=True) if separator in text)
+    if not found:
+        raise ValueError(f"separator: no token of the tokenizer holds {separator!r}")
+    return found
+
+
+def train(
+    model: scorer.Scored,
+    data: Sequence[StepLabelled],
+    *,
+    step_ids: Sequence[int],
+    epochs: int,
+    responses_per_batch: int,
+    lr: float,
+    lora_rank: int,
+    seed: Sequence[int],
+    muon_lr: float | None = None,
+    tokens_per_micro_batch: int = scorer.TOKENS_PER_MICRO_BATCH,
+    merge: bool = True,
+) -> tuple[scorer.Scored, list[dict[str, float]]]:
+    """Train a scorer on the labels of steps, see `losses.process`.
+
+    Args:
+        model: e.g. from ``models.load_scorer(..., init_seed=...)``; trained in place.
+        data: responses with labelled steps, in the model's tokens; a batch never mixes two of them.
+        step_ids: ids of the tokens that close a step.
+        responses_per_batch: responses in a batch.
+        epochs, lr, lora_rank, seed, muon_lr, tokens_per_micro_batch, merge: as in `outcome.train`.
+
+    Returns:
+        the trained model, and one record of step, loss and accuracy (the share of steps with the right sign) for each
+        step.
+
+    Raises:
+        ValueError: no step has a label, or a response has more labels than steps (names it).
+        lm.Diverged: the loss or its gradient is not finite.
+    """
+    step_ids, rng = _step_ids(step_ids), np.random.default_rng(seed)
+    scorer.at_least_one(
+        epochs=epochs, responses_per_batch=responses_per_batch, tokens_per_micro_batch=tokens_per_micro_batch
+    )
+    for part in data:
+        _check_labels(part, step_ids)
+    if all(np.isnan(part.labels).all() for part in data):
+        raise ValueError("data: no step has a label, so there is nothing to learn")
+    trained = scorer.prepare(model, lora_rank, merge, rng)
+    optimizers = scorer.optimizers(trained, lr, muon_lr)
+    batches = [batch for _ in range(epochs) for batch in _batches(data, responses_per_batch, rng)]
+
+    def loss_of(batch: StepLabelled) -> tuple[torch.Tensor, dict[str, float]]:
+        ends = step_ends(batch.sequences, step_ids)
+        scores = scorer.read(trained, batch.sequences, ends, tokens_per_micro_batch)
+        labels = torch.from_numpy(_flat_labels(batch.labels, ends.sum(1))).to(scores.device)
+        right = ((scores > 0) == (labels > 0.5))[~torch.isnan(labels)]
+        return losses.process(scores, labels), {"accuracy": right.float().mean().item()}
+
+    records = scorer.fit(trained, batches, loss_of, optimizers)
+    return scorer.finish(trained, merge), records
+
+
+def _batches(data: Sequence[StepLabelled], size: int, rng: np.random.Generator) -> Iterator[StepLabelled]:
+    """One epoch, responses bucketed by length; those without a label are left out."""
+    epoch = []
+    for part in data:
+        part = part[np.flatnonzero(~np.isnan(part.labels).all(1))]
+        epoch += [part[index] for index in bucketed_batches(part.sequences.lengths, size, rng)]
+    for position in rng.permutation(len(epoch)):
+        yield epoch[position]
+
+
+def _flat_labels(labels: np.ndarray, num_steps: np.ndarray) -> np.ndarray:
+    """float32 [step], the labels of each row's steps in a row; NaN where a row has fewer labels than steps."""
+    width = max(labels.shape[1], int(num_steps.max()))
+    labels = np.pad(labels, ((0, 0), (0, width - labels.shape[1])), constant_values=np.nan)
+    return labels[np.arange(width) < num_steps[:, None]].astype(np.float32)
+
+
+def _check_labels(data: StepLabelled, step_ids: Sequence[int]) -> None:
+    num_steps = step_ends(data.sequences, step_ids).sum(1)
+    beyond = (~np.isnan(data.labels) & (np.arange(data.labels.shape[1]) >= num_steps[:, None])).any(1)
+    if beyond.any():
+        row = int(np.flatnonzero(beyond)[0])
+        raise ValueError(f"response {row} has labels for more than its {num_steps[row]} steps")
+
+
+def _step_ids(step_ids: Sequence[int]) -> tuple[int, ...]:
+    if not len(step_ids):
+        raise ValueError("step_ids: name at least one token that closes a step")
+    return tuple(int(index) for index in step_ids)

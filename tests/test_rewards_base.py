@@ -1,0 +1,317 @@
+"""The reward interface, rewards made of rewards, and measures of scores: by hand, by loops, on synthetic data."""
+
+import functools
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import tiny
+from rlhfscale import models
+from rlhfscale.rewards import Ensemble, Mixed, Normalised, OutcomeRewardModel, Shrunk, as_reward, checked, metrics
+from rlhfscale.sequences import Sequences
+
+TOKENIZER = models.build_tokenizer()
+
+
+class Fixed:
+    """A reward that knows its scores."""
+
+    def __init__(self, *scores):
+        self.scores = np.array(scores, np.float32)
+
+    def score(self, sequences):
+        assert len(sequences) == len(self.scores)
+        return self.scores
+
+
+def sequences(*texts):
+    """Sequences of (prompt, response) texts, closed by the end-of-sequence token."""
+    prompts = [TOKENIZER(prompt).input_ids for prompt, _ in texts]
+    responses = [[*TOKENIZER(response, add_special_tokens=False).input_ids, 2] for _, response in texts]
+    return Sequences.join(prompts, responses, np.ones(len(texts), bool), TOKENIZER)
+
+
+THREE = sequences(
+    ("lists reverse : a b =", "b a"), ("lists sort : b a =", "a b ; a"), ("registers inc_0 : 0 1 2 =", "1")
+)
+
+
+def count_letters(prompts, responses):
+    return [
+        len(prompt.split()) + 0.1 * len(response.split()) for prompt, response in zip(prompts, responses, strict=True)
+    ]
+
+
+class Callable:
+    def __call__(self, prompts, responses):
+        return torch.tensor(count_letters(prompts, responses), requires_grad=True)
+
+    def method(self, prompts, responses):
+        return np.array(count_letters(prompts, responses))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [count_letters, Callable(), Callable().method, functools.partial(count_letters), lambda p, r: count_letters(p, r)],
+)
+def test_any_callable_of_texts_is_a_reward(function):
+    found = as_reward(function).score(THREE)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, [6.2, 6.4, 7.1], rtol=1e-6)
+
+
+def test_the_function_gets_the_texts_without_special_tokens():
+    seen = []
+    as_reward(lambda prompts, responses: seen.append((prompts, responses)) or [0.0] * 3).score(THREE)
+    assert seen == [
+        (
+            ["lists reverse : a b =", "lists sort : b a =", "registers inc_0 : 0 1 2 ="],
+            ["b a", "a b ; a", "1"],
+        )
+    ]
+
+
+def test_an_object_with_a_score_method_is_passed_through():
+    reward = Fixed(1, 2, 3)
+    assert as_reward(reward) is reward
+    mixed = Mixed([(1.0, reward)])
+    assert as_reward(mixed) is mixed
+
+
+@pytest.mark.parametrize(
+    ("thing", "message"),
+    [
+        (3.0, "float has no method score"),
+        ("accuracy", "str has no method score"),
+        (None, "NoneType has no method score"),
+        (Fixed, "Fixed is a class; give an object"),
+        (torch.nn.Linear(2, 1), "bare Linear; wrap it"),
+    ],
+)
+def test_what_is_no_reward_is_refused(thing, message):
+    with pytest.raises(TypeError, match=message):
+        as_reward(thing)
+
+
+def test_a_bare_transformers_model_is_refused_although_its_head_is_called_score(tmp_path):
+    models.save_model(tiny.model(), tmp_path)
+    model = models.load_scorer(tmp_path, init_seed=0)
+    assert callable(model.score)
+    with pytest.raises(TypeError, match="bare LlamaForSequenceClassification; wrap it"):
+        as_reward(model)
+    assert as_reward(OutcomeRewardModel(model)).score(THREE).shape == (3,)
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        ([1.0, 2.0], r"shape \[2\] for 3 samples; expected \[3\]"),
+        (np.zeros((3, 1)), r"shape \[3, 1\]"),
+        (1.0, r"shape \[\]"),
+        ([0.0, float("nan"), float("inf")], "sample 1 the score nan"),
+        ([0.0, 0.0, -float("inf")], "sample 2 the score -inf"),
+        ([0.0, 0.0, 1e60], "sample 2 the score inf"),
+        ([0.0, None, 0.0], "sample 1 the score nan"),
+    ],
+)
+def test_bad_scores_are_named(scores, message):
+    with pytest.raises(ValueError, match=message):
+        checked(scores, 3)
+    with pytest.raises(ValueError, match=message):
+        as_reward(lambda prompts, responses: scores).score(THREE)
+
+
+def test_a_member_of_a_combination_is_checked():
+    bad = Fixed(0.0, np.nan, 1.0)
+    good = Fixed(0.0, 0.0, 1.0)
+    for reward in (Mixed([(0.0, bad)]), Ensemble([good, bad]), Normalised(bad, 0.0, 1.0), Shrunk(bad, 0.5)):
+        with pytest.raises(ValueError, match="sample 1 the score nan"):
+            reward.score(THREE)
+
+
+def test_a_mixture_is_the_weighted_sum():
+    found = Mixed([(2.0, Fixed(1, 0, -1)), (-0.5, Fixed(4, 2, 0)), (1.0, count_letters)]).score(THREE)
+    np.testing.assert_allclose(found, [2 - 2 + 6.2, 0 - 1 + 6.4, -2 + 0 + 7.1], rtol=1e-6)
+    assert found.dtype == np.float32
+
+
+def test_bad_mixtures_are_refused():
+    with pytest.raises(ValueError, match="at least one"):
+        Mixed([])
+    with pytest.raises(ValueError, match="weight 1 is nan"):
+        Mixed([(1.0, Fixed(1)), (float("nan"), Fixed(1))])
+    with pytest.raises(TypeError, match="int has no method"):
+        Mixed([(1.0, 5)])
+
+
+MEMBERS = [Fixed(1, 5, -1), Fixed(3, 5, -4), Fixed(8, 5, 2)]
+
+
+@pytest.mark.parametrize(
+    ("combine", "penalty", "expected"),
+    [
+        ("mean", None, [4, 5, -1]),
+        ("worst", None, [1, 5, -4]),
+        ("uncertainty", 0.5, [4 - 0.5 * 26 / 3, 5, -1 - 0.5 * 18 / 3]),  # variance over 3: (9 + 1 + 16) / 3, 0, 18 / 3
+        ("uncertainty", 0.0, [4, 5, -1]),
+        ("deviation", 0.5, [4 - 0.5 * math.sqrt(26 / 3), 5, -1 - 0.5 * math.sqrt(6)]),
+    ],
+)
+def test_ensembles_by_hand(combine, penalty, expected):
+    found = Ensemble(MEMBERS, combine, penalty).score(THREE)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    np.testing.assert_allclose(Ensemble(MEMBERS[::-1], combine, penalty).score(THREE), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"combine": "median"}, "combine: 'median' is not one of 'mean', 'worst', 'uncertainty', 'deviation'"),
+        ({"combine": "uncertainty"}, "penalty: None with combine='uncertainty'"),
+        ({"combine": "mean", "penalty": 0.5}, "penalty: 0.5 with combine='mean'"),
+        ({"combine": "deviation", "penalty": -1.0}, "penalty: -1.0 is not"),
+        ({"combine": "deviation", "penalty": float("nan")}, "penalty: nan is not"),
+        ({"rewards": []}, "at least one member"),
+    ],
+)
+def test_bad_ensembles_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Ensemble(**({"rewards": MEMBERS} | options))
+
+
+def test_normalising():
+    raw = Fixed(1, 3, 8)
+    np.testing.assert_allclose(Normalised(raw, 4, 2).score(THREE), [-1.5, -0.5, 2.0])
+    fitted = Normalised.fit(raw, THREE)
+    assert (fitted.mean, fitted.std) == (4.0, pytest.approx(math.sqrt(26 / 3)))
+    found = fitted.score(THREE)
+    np.testing.assert_allclose([found.mean(), found.std()], [0, 1], atol=1e-6)
+    with pytest.raises(ValueError, match="same score"):
+        Normalised.fit(Fixed(2, 2, 2), THREE)
+    for mean, std in ((0.0, -1.0), (0.0, float("nan")), (float("inf"), 1.0)):
+        with pytest.raises(ValueError, match="must be finite"):
+            Normalised(raw, mean, std)
+
+
+def test_shrinking_damps_the_negative_scores_only():
+    np.testing.assert_allclose(Shrunk(Fixed(-2, 0, 3), 0.25).score(THREE), [-0.5, 0, 3])
+    np.testing.assert_allclose(Shrunk(Fixed(-2, 0, 3), 1.0).score(THREE), [-2, 0, 3])
+    after = Shrunk(Normalised.fit(Fixed(1, 3, 8), THREE), 0.5).score(THREE)
+    np.testing.assert_allclose(after, np.array([-1.5, -0.5, 4]) / math.sqrt(26 / 3), rtol=1e-6)
+    for factor in (0.0, -0.5, 1.5, float("nan")):
+        with pytest.raises(ValueError, match="not in"):
+            Shrunk(Fixed(1), factor)
+
+
+GOLD = np.array([[1.0, 0.5, 0.5, 0.0], [0.2, 0.2, 0.2, 0.2], [0.0, 1.0, 1.0, 0.3]], np.float32)
+SCORES = np.array([[0.3, 0.3, -1.0, 2.0], [1.0, 2.0, 3.0, 4.0], [-0.5, 0.0, 0.7, 0.7]], np.float32)
+
+
+def ordered_pairs(gold=GOLD):
+    """(prompt, better, worse) over every prompt's responses."""
+    for prompt, row in enumerate(gold):
+        for i, j in itertools.permutations(range(len(row)), 2):
+            if row[i] > row[j]:
+                yield prompt, i, j
+
+
+def test_pair_accuracy_equals_a_loop_over_pairs():
+    right = {0: [], 1: [], 2: []}
+    for p, i, j in ordered_pairs():
+        right[p].append(1.0 if SCORES[p, i] > SCORES[p, j] else 0.5 if SCORES[p, i] == SCORES[p, j] else 0.0)
+    found = metrics.pair_accuracy(SCORES, GOLD)
+    assert np.isnan(found[1]) and not right[1]  # all gold equal
+    np.testing.assert_allclose(found[[0, 2]], [np.mean(right[0]), np.mean(right[2])])
+    np.testing.assert_allclose(metrics.pair_accuracy(GOLD, GOLD)[[0, 2]], 1.0)
+    np.testing.assert_allclose(metrics.pair_accuracy(-GOLD, GOLD)[[0, 2]], 0.0)
+    np.testing.assert_allclose(metrics.pair_accuracy(np.zeros_like(GOLD), GOLD)[[0, 2]], 0.5)
+
+
+def test_missing_gold_makes_no_pair():
+    gold = np.concatenate([GOLD, np.full((3, 2), np.nan, np.float32)], 1)
+    scores = np.concatenate([SCORES, np.full((3, 2), 9.0, np.float32)], 1)
+    np.testing.assert_array_equal(metrics.pair_accuracy(scores, gold), metrics.pair_accuracy(SCORES, GOLD))
+    assert metrics.num_pairs(gold) == metrics.num_pairs(GOLD)
+    np.testing.assert_array_equal(metrics.pair_probabilities(scores, gold), metrics.pair_probabilities(SCORES, GOLD))
+
+
+def test_the_number_of_pairs():
+    assert metrics.num_pairs(GOLD) == len(list(ordered_pairs())) == 10
+
+
+def test_pair_probabilities_equal_a_loop_over_pairs():
+    expected = []
+    for p, (i, j) in itertools.product(range(3), itertools.combinations(range(4), 2)):
+        if GOLD[p, i] != GOLD[p, j]:
+            expected.append((1 / (1 + math.exp(SCORES[p, j] - SCORES[p, i])), GOLD[p, i] > GOLD[p, j]))
+    probabilities, right = metrics.pair_probabilities(SCORES, GOLD)
+    np.testing.assert_allclose(probabilities, [probability for probability, _ in expected], rtol=1e-6)
+    np.testing.assert_array_equal(right, [truth for _, truth in expected])
+    assert right.any() and not right.all()
+
+
+def test_sigmoid_does_not_overflow():
+    with np.errstate(all="raise"):
+        np.testing.assert_allclose(
+            metrics.sigmoid(np.array([0.0, 2.0, -2.0])), [0.5, 1 / (1 + math.exp(-2)), 1 / (1 + math.exp(2))]
+        )
+    np.testing.assert_allclose(metrics.sigmoid(np.array([-1000.0, 1000.0])), [0, 1])
+
+
+def test_calibration_by_hand():
+    """Bins {0.1, 0.2} with one right of two, {0.3}, none, {0.9, 1.0}; a bound belongs to the bin above."""
+    found = metrics.calibration(np.array([0.1, 0.2, 0.3, 0.9, 1.0]), np.array([0, 1, 1, 1, 1]), num_bins=4)
+    table = found.table
+    assert list(table.columns) == ["low", "high", "count", "probability", "correct"]
+    assert table["count"].tolist() == [2, 1, 0, 2]
+    np.testing.assert_allclose(table["low"], [0, 0.25, 0.5, 0.75])
+    np.testing.assert_allclose(table["high"], [0.25, 0.5, 0.75, 1.0])
+    np.testing.assert_allclose(table["probability"], [0.15, 0.3, np.nan, 0.95])
+    np.testing.assert_allclose(table["correct"], [0.5, 1.0, np.nan, 1.0])
+    assert found.expected_error == pytest.approx((2 * 0.35 + 1 * 0.7 + 2 * 0.05) / 5)
+    assert found.brier == pytest.approx((0.01 + 0.64 + 0.49 + 0.01 + 0) / 5)
+    assert metrics.calibration(np.array([0.5, 0.25]), np.array([1, 0]), 4).table["count"].tolist() == [0, 1, 1, 0]
+
+
+def test_calibration_of_synthetic_probabilities():
+    """Calibrated ones have almost no error and the Brier score p (1 - p); overconfident ones have the error made."""
+    rng = np.random.default_rng(0)
+    probabilities = rng.random(100_000)
+    correct = rng.random(100_000) < probabilities
+    good = metrics.calibration(probabilities, correct)
+    assert good.expected_error < 0.01
+    assert good.brier == pytest.approx(1 / 6, abs=0.003)  # the mean of p (1 - p) over uniform p
+    logits = np.log(probabilities / (1 - probabilities))
+    bad = metrics.calibration(metrics.sigmoid(3 * logits), correct)
+    assert bad.expected_error == pytest.approx(np.abs(metrics.sigmoid(3 * logits) - probabilities).mean(), abs=0.01)
+    assert bad.expected_error > 0.1 and bad.brier > good.brier
+    assert len(metrics.calibration(probabilities, correct, num_bins=3).table) == 3
+
+
+def test_true_bradley_terry_scores_are_calibrated():
+    rng = np.random.default_rng(1)
+    scores = rng.normal(size=(4000, 2)).astype(np.float32)
+    first_wins = rng.random(4000) < metrics.sigmoid(scores[:, 0] - scores[:, 1])
+    gold = np.column_stack([first_wins, ~first_wins]).astype(np.float32)
+    assert metrics.calibration(*metrics.pair_probabilities(scores, gold)).expected_error < 0.04
+    assert metrics.calibration(*metrics.pair_probabilities(4 * scores, gold)).expected_error > 0.1
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "correct", "num_bins", "message"),
+    [
+        ([0.5, 1.5], [0, 1], 10, "probability of sample 1 is out of range"),
+        ([0.5, np.nan], [0, 1], 10, "probability of sample 1 is out of range"),
+        ([0.5, 0.5], [2, 1], 10, "label of sample 0 is out of range"),
+        ([0.5], [0, 1], 10, "must be equal"),
+        ([], [], 10, "not empty"),
+        ([0.5], [1], 0, "num_bins: 0"),
+    ],
+)
+def test_bad_calibration_data_is_named(probabilities, correct, num_bins, message):
+    with pytest.raises(ValueError, match=message):
+        metrics.calibration(np.array(probabilities), np.array(correct), num_bins)
