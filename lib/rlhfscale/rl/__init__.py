@@ -1,5 +1,8 @@
-"""Reinforcement learning from learned rewards."""
+"""Reinforcement learning from rewards: PPO with a critic, GRPO and RLOO, with LoRA, QLoRA or all weights."""
 
-from rlhfscale.rl.ppo import PPO, PPOConfig
+from rlhfscale.rl.config import GRPOConfig, PPOConfig, RLOOConfig
+from rlhfscale.rl.grpo import GRPO
+from rlhfscale.rl.ppo import PPO
+from rlhfscale.rl.rloo import RLOO
 
-__all__ = ["PPO", "PPOConfig"]
+__all__ = ["GRPO", "PPO", "RLOO", "GRPOConfig", "PPOConfig", "RLOOConfig"]

@@ -1,4 +1,4 @@
-"""Advantages from rewards. All tensors are float32 [batch, response], ``mask`` is bool and marks response tokens."""
+"""Advantages from rewards. Tensors over tokens are float32 [batch, response], ``mask`` is bool, response tokens."""
 
 import torch
 
@@ -23,6 +23,42 @@ def gae(
         advantages[:, t] = advantage
         next_value = values[:, t]
     return advantages, (advantages + values) * mask
+
+
+def group_relative(rewards: torch.Tensor, group_size: int, *, scale: bool = True) -> torch.Tensor:
+    """``A_i = (r_i - mean of the group)``, divided by the group's standard deviation if ``scale`` (Shao et al. 2024,
+    eq. 3).
+
+    Args:
+        rewards: float32 [batch], the responses to one prompt in a row.
+        group_size: responses to each prompt, at least 2.
+
+    Raises:
+        ValueError: a group of one, or a batch that is not whole groups.
+    """
+    groups = _groups(rewards, group_size)
+    advantages = groups - groups.mean(1, keepdim=True)
+    if scale:
+        advantages = advantages / (groups.std(1, keepdim=True) + 1e-4)
+    return advantages.flatten()
+
+
+def leave_one_out(rewards: torch.Tensor, group_size: int) -> torch.Tensor:
+    """``A_i = r_i - mean of the group's other rewards`` (Kool et al. 2019; Ahmadian et al. 2024, eq. 8).
+
+    Arguments and errors as `group_relative`.
+    """
+    groups = _groups(rewards, group_size)
+    others = (groups.sum(1, keepdim=True) - groups) / (group_size - 1)
+    return (groups - others).flatten()
+
+
+def _groups(rewards: torch.Tensor, group_size: int) -> torch.Tensor:
+    if group_size < 2:
+        raise ValueError(f"group_size: {group_size} leaves a response nothing to be compared with; take at least 2")
+    if len(rewards) % group_size:
+        raise ValueError(f"rewards: {len(rewards)} are not whole groups of {group_size}")
+    return rewards.view(-1, group_size)
 
 
 def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -36,3 +36,17 @@ def kl_terms(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, estimator: str 
 def sequence_kl(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """float32 [batch]: the k1 estimate of each sequence, summed over its response tokens (``mask`` bool)."""
     return (kl_terms(logprobs, ref_logprobs, "k1") * mask).sum(1)
+
+
+def adapted(coefficient: float, kl_nats: float, target: float | None, num_rollouts: int, horizon: int) -> float:
+    """The next KL coefficient: a proportional controller in log space (Ziegler et al. 2019, section 2.2).
+
+    ``beta' = beta (1 + clip(KL / target - 1, -0.2, 0.2) num_rollouts / horizon)``; unchanged without a target.
+
+    Args:
+        kl_nats: KL(policy || reference) of a response, mean over the update.
+    """
+    if target is None:
+        return coefficient
+    error = min(max(kl_nats / target - 1, -0.2), 0.2)
+    return coefficient * (1 + error * num_rollouts / horizon)

@@ -1,29 +1,45 @@
-"""PPO's losses (Schulman et al. 2017). All tensors are float32 [batch, response]; ``mask`` is bool, response tokens."""
+"""The trainers' losses, element by element: what they are averaged over is said by weights that sum to 1.
+
+So the loss of a minibatch is the sum of its parts' losses, however it is split into passes.
+"""
 
 import torch
 
-from rlhfscale.rl.advantages import masked_mean
 
+def clipped_surrogate(ratio: torch.Tensor, advantages: torch.Tensor, clip: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """``-min(ratio A, clip(ratio, 1 - clip, 1 + clip) A)`` (Schulman et al. 2017, eq. 7).
 
-def clipped_surrogate(
-    logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, clip: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The policy loss ``-E[min(ratio A, clip(ratio, 1 - clip, 1 + clip) A)]`` (eq. 7), a mean over response tokens.
+    Args:
+        ratio: float32 [...], probability under the policy over probability under the one that sampled.
+        advantages: float32 [...].
 
     Returns:
-        the loss, and the fraction of response tokens at which the clipped branch is the smaller one.
+        the loss of each element, and bool, whether the clipped branch is the smaller one.
     """
-    ratio = torch.exp(logprobs - old_logprobs)
     surrogate = ratio * advantages
     clipped = ratio.clamp(1 - clip, 1 + clip) * advantages
-    loss = -masked_mean(torch.minimum(surrogate, clipped), mask)
-    return loss, masked_mean((clipped < surrogate).float(), mask)
+    return -torch.minimum(surrogate, clipped), clipped < surrogate
 
 
-def clipped_value(
-    values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor, clip: float
-) -> torch.Tensor:
-    """``E[max((V - R)^2, (clip(V, V_old - clip, V_old + clip) - R)^2)] / 2``, a mean over response tokens."""
+def clipped_value(values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, clip: float) -> torch.Tensor:
+    """``max((V - R)^2, (clip(V, V_old - clip, V_old + clip) - R)^2) / 2`` of each element."""
     clipped = old_values + (values - old_values).clamp(-clip, clip)
-    error = torch.maximum((values - returns).square(), (clipped - returns).square())
-    return masked_mean(error, mask) / 2
+    return torch.maximum((values - returns).square(), (clipped - returns).square()) / 2
+
+
+def token_weights(mask: torch.Tensor, scheme: str = "token", max_new_tokens: int | None = None) -> torch.Tensor:
+    """float32 [batch, response]: how much each response token counts in a step's loss.
+
+    Args:
+        mask: bool [batch, response].
+        scheme: "token", all alike: ``1 / tokens``; "sequence", all responses alike: ``1 / (batch length)``; "constant":
+            ``1 / (batch max_new_tokens)``.
+    """
+    weights = mask.float()
+    if scheme == "token":
+        return weights / weights.sum()
+    if scheme == "sequence":
+        return weights / (weights.sum(1, keepdim=True) * len(mask))
+    if scheme == "constant":
+        return weights / (len(mask) * max_new_tokens)
+    raise ValueError(f"scheme: {scheme!r} is not one of token, sequence, constant")

@@ -1,19 +1,20 @@
-"""Roll-outs: sampled responses with everything PPO needs to learn from them."""
+"""Roll-outs: sampled responses with everything a trainer needs to learn from them."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
-from rlhfscale import models
-from rlhfscale.rl.kl import kl_terms
-from rlhfscale.samplers import hf
+from rlhfscale.rewards.base import checked
+from rlhfscale.rl.logprobs import token_logprobs, with_entropy_gradient
 from rlhfscale.samplers.base import Completions
+from rlhfscale.sequences import Sequences
 
-RewardFunction = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
-"""Maps ids (int64 [sequence, length], prompt and response joined, padded on the right), prompt lengths and lengths
-(both int64 [sequence]) to rewards (float [sequence])."""
+Prompt = str | Sequence[int] | Sequence[dict[str, str]]
+"""Text, token ids, or a conversation for the tokenizer's chat template."""
 
 
 @dataclass(frozen=True)
@@ -22,104 +23,137 @@ class Rollouts:
 
     Attributes:
         ids: int64 [batch, length], prompt and response joined, padded on the right.
-        attention_mask: int64 [batch, length].
         prompt_lengths: int64 [batch].
+        lengths: int64 [batch], prompt and response.
         mask: bool [batch, response], response tokens, end-of-sequence included.
         finished: bool [batch].
+        scores: float32 [batch], the reward of the whole response, penalty for no end included.
+        sampler_logprobs: float32, as the sampler states them; a diagnostic.
         logprobs: float32, of the policy that sampled, at the sampling temperature, recomputed by the trainer.
         ref_logprobs: float32, of the reference.
-        values: float32, the critic's estimate before each token.
-        scores: float32 [batch], the reward model's score of the whole response, penalty for no end included.
-        sampler_gap: largest absolute difference between the sampler's and the trainer's log-probabilities.
+        values: float32, the critic's estimate before each token; 0 without a critic.
+        advantages, returns: float32, to learn from; 0 until the trainer has estimated them.
+        weights: float32, what each token counts in the loss of its step; sums to 1 over the step.
     """
 
     ids: torch.Tensor
-    attention_mask: torch.Tensor
     prompt_lengths: torch.Tensor
+    lengths: torch.Tensor
     mask: torch.Tensor
     finished: torch.Tensor
+    scores: torch.Tensor
+    sampler_logprobs: torch.Tensor
     logprobs: torch.Tensor
     ref_logprobs: torch.Tensor
     values: torch.Tensor
-    scores: torch.Tensor
-    sampler_gap: float
+    advantages: torch.Tensor
+    returns: torch.Tensor
+    weights: torch.Tensor
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, index: torch.Tensor) -> "Rollouts":
         """The roll-outs at ``index``, without columns that only hold padding."""
-        length, response = int(self.attention_mask[index].sum(1).max()), int(self.mask[index].sum(1).max())
-        return Rollouts(
-            ids=self.ids[index, :length],
-            attention_mask=self.attention_mask[index, :length],
-            prompt_lengths=self.prompt_lengths[index],
-            mask=self.mask[index, :response],
-            finished=self.finished[index],
-            logprobs=self.logprobs[index, :response],
-            ref_logprobs=self.ref_logprobs[index, :response],
-            values=self.values[index, :response],
-            scores=self.scores[index],
-            sampler_gap=self.sampler_gap,
-        )
+        length, response = int(self.lengths[index].max()), int(self.mask[index].sum(1).max())
+        taken = {name: tensor[index] for name, tensor in vars(self).items()}
+        taken["ids"] = taken["ids"][:, :length]
+        not_by_token = {"ids", "prompt_lengths", "lengths", "finished", "scores"}
+        return Rollouts(**taken | {name: taken[name][:, :response] for name in taken.keys() - not_by_token})
+
+    def passes(self, max_tokens: int) -> Iterator["Rollouts"]:
+        """All roll-outs, in parts of similar length of at most ``max_tokens`` tokens, padding included."""
+        if self.ids.numel() <= max_tokens:
+            yield self
+        else:
+            yield from (self[index] for index in split(self.lengths, max_tokens))
+
+    @property
+    def sampler_gap(self) -> float:
+        """Largest absolute difference between the sampler's and the trainer's log-probabilities, in nats."""
+        return ((self.logprobs - self.sampler_logprobs).abs() * self.mask).max().item()
 
 
-def response_columns(x: torch.Tensor, prompt_lengths: torch.Tensor, width: int) -> torch.Tensor:
-    """Gather the positions from which the response's tokens are predicted: [batch, length, ...] -> [batch, width, ...].
+@dataclass(frozen=True)
+class Evaluation:
+    """What the networks say of roll-outs now; float32 [batch, response], 0 outside the mask. ``values`` is None where
+    no critic was asked."""
 
-    Token t of the response is predicted at position ``prompt_length - 1 + t``. Columns past the end repeat the last
-    position; they are masked by the caller.
+    logprobs: torch.Tensor
+    entropy: torch.Tensor
+    values: torch.Tensor | None
+
+
+def evaluate(networks, batch: Rollouts, role: str, temperature: float, *, entropy_gradient=False) -> Evaluation:
+    """Log-probabilities and entropies of the response tokens under a role, and values where that role carries them.
+
+    Token t of a response is predicted at position ``prompt_length - 1 + t``; the heads run on these positions only.
     """
-    position = (prompt_lengths[:, None] - 1 + torch.arange(width)).clamp(max=x.shape[1] - 1)
-    return x[torch.arange(len(x))[:, None], position]
+    hidden = networks.hidden(batch.ids, role)
+    row, column = batch.mask.nonzero(as_tuple=True)
+    position = row * batch.ids.shape[1] + batch.prompt_lengths[row] - 1 + column
+    selected = hidden.flatten(0, 1).index_select(0, position)
+    read = with_entropy_gradient if entropy_gradient else token_logprobs
+    tokens = batch.ids.flatten()[position + 1]
+    logprobs, entropy = read(selected, networks.output_head(role), tokens, temperature)
+    values = networks.value_head(selected) if networks.value_head and role == networks.critic_role else None
+    return Evaluation(*(x if x is None else _scatter(x, batch.mask) for x in (logprobs, entropy, values)))
 
 
-def token_logprobs(shared: models.SharedBase, batch: Rollouts, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities and entropies of the response tokens under the active adapter.
-
-    The output head is applied to response positions only.
-
-    Returns:
-        logprobs and entropy in nats, both float32 [batch, response]; 0 outside the mask.
-    """
-    hidden = shared.hidden(batch.ids, batch.attention_mask)
-    selected = response_columns(hidden, batch.prompt_lengths, batch.mask.shape[1])[batch.mask]
-    distribution = torch.log_softmax(shared.output_head(selected).float() / temperature, dim=-1)
-    target = response_targets(batch)[batch.mask]
-    logprobs = distribution.new_zeros(batch.mask.shape)
-    entropy = distribution.new_zeros(batch.mask.shape)
-    logprobs[batch.mask] = distribution.gather(1, target[:, None]).squeeze(1)
-    entropy[batch.mask] = -(distribution.exp() * distribution).sum(1)
-    return logprobs, entropy
+def evaluate_values(networks, batch: Rollouts) -> torch.Tensor:
+    """The values alone, of a critic with a trunk of its own: float32 [batch, response]."""
+    hidden = networks.hidden(batch.ids, networks.critic_role)
+    row, column = batch.mask.nonzero(as_tuple=True)
+    position = row * batch.ids.shape[1] + batch.prompt_lengths[row] - 1 + column
+    return _scatter(networks.value_head(hidden.flatten(0, 1).index_select(0, position)), batch.mask)
 
 
-def token_values(shared: models.SharedBase, batch: Rollouts) -> torch.Tensor:
-    """The critic's values float32 [batch, response]; the critic adapter must be active."""
-    hidden = response_columns(shared.hidden(batch.ids, batch.attention_mask), batch.prompt_lengths, batch.mask.shape[1])
-    return shared.value_head(hidden).float() * batch.mask
+def _scatter(tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return tokens.new_zeros(mask.shape).masked_scatter(mask, tokens)
 
 
-def response_targets(batch: Rollouts) -> torch.Tensor:
-    """int64 [batch, response]: the response's token ids."""
-    position = batch.prompt_lengths[:, None] + torch.arange(batch.mask.shape[1])
-    return batch.ids.gather(1, position.clamp(max=batch.ids.shape[1] - 1))
+def split(lengths: torch.Tensor, max_tokens: int) -> Iterator[torch.Tensor]:
+    """Indices of sequences of similar length, each part of at most ``max_tokens`` with its padding (or one
+    sequence)."""
+    order = torch.argsort(lengths, stable=True)
+    start = 0
+    for end in range(1, len(order) + 1):
+        if end == len(order) or (end + 1 - start) * int(lengths[order[end]]) > max_tokens:
+            yield order[start:end]
+            start = end
 
 
-def token_rewards(rollouts: Rollouts, kl_coefficient: float) -> torch.Tensor:
-    """``r_t = -beta (log pi - log ref)_t``, plus the score at the response's last token: float32 [batch, response].
+@torch.no_grad()
+def evaluate_all(read: Callable[[Rollouts], Evaluation], rollouts: Rollouts, max_tokens: int) -> Evaluation:
+    """``read`` without gradients over all roll-outs, in passes of at most ``max_tokens`` tokens."""
+    found: dict[str, torch.Tensor] = {}
+    for index in split(rollouts.lengths, max_tokens):
+        for name, tensor in vars(read(rollouts[index])).items():
+            if tensor is not None:
+                whole = found.setdefault(name, tensor.new_zeros(rollouts.mask.shape))
+                whole[index, : tensor.shape[1]] = tensor
+    return Evaluation(found["logprobs"], found["entropy"], found.get("values"))
 
-    The last token of a finished response is its end-of-sequence token, so the score lands there, never on padding.
-    """
-    rewards = -kl_coefficient * kl_terms(rollouts.logprobs, rollouts.ref_logprobs, "k1") * rollouts.mask
-    last = rollouts.mask.sum(1) - 1
-    rewards[torch.arange(len(rewards)), last] += rollouts.scores
-    return rewards
+
+def encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[list[int]]:
+    """Token ids of each prompt: text is tokenised, a conversation goes through the chat template, ids stay."""
+    return [_encode(tokenizer, prompt) for prompt in prompts]
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+    if isinstance(prompt, str):
+        return list(tokenizer(prompt)["input_ids"])
+    if len(prompt) and isinstance(prompt[0], dict):
+        return list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"])
+    return [int(token) for token in prompt]
 
 
 @torch.no_grad()
 def collect(
-    shared: models.SharedBase,
-    reward: RewardFunction,
+    networks,
+    tokenizer: PreTrainedTokenizerBase,
+    reward: Any,
+    sampler: Callable[..., Completions],
     prompts: list[list[int]],
     seeds: np.ndarray,
     *,
@@ -127,68 +161,63 @@ def collect(
     max_new_tokens: int,
     missing_eos_penalty: float,
 ) -> tuple[Rollouts, Completions]:
-    """Sample one response to each prompt, score it, and evaluate policy, reference and critic on it.
+    """Sample one response to each prompt and score it; log-probabilities and values are left at 0.
 
     Raises:
-        ValueError: the reward function returned another length, or a value that is not finite (names the index).
+        ValueError: an empty prompt or response; a reward of wrong length, or one that is not finite (names the index).
     """
-    completions = hf.sample(
-        shared.merged_policy(), prompts, seeds=seeds, max_new_tokens=max_new_tokens, temperature=temperature
-    )
-    batch = _join(prompts, completions)
-    lengths = batch.attention_mask.sum(1)
-    rewards = reward(batch.ids.numpy(), batch.prompt_lengths.numpy(), lengths.numpy())
-    scores = _checked(rewards, len(prompts))
-    scores = torch.from_numpy(scores) - missing_eos_penalty * (~batch.finished)
-    shared.use(models.POLICY)
-    logprobs, _ = token_logprobs(shared, batch, temperature)
-    with shared.reference():
-        ref_logprobs, _ = token_logprobs(shared, batch, temperature)
-    shared.use(models.CRITIC)
-    values = token_values(shared, batch)
-    sampled = torch.from_numpy(completions.logprobs[:, : batch.mask.shape[1]])
-    gap = ((logprobs - sampled).abs() * batch.mask).max().item()
-    evaluated = {
-        "logprobs": logprobs,
-        "ref_logprobs": ref_logprobs,
-        "values": values,
-        "scores": scores,
-        "sampler_gap": gap,
-    }
-    return Rollouts(**{**vars(batch), **evaluated}), completions
+    with networks.decoder() as policy:
+        completions = sampler(
+            policy, prompts, seeds=seeds, max_new_tokens=max_new_tokens, temperature=temperature, tokenizer=tokenizer
+        )
+    sequences = joined(prompts, completions, tokenizer)
+    scores = checked(reward.score(sequences), len(sequences))
+    batch = from_sequences(sequences, completions, policy.device)
+    scores = torch.from_numpy(scores).to(batch.ids.device) - missing_eos_penalty * (~batch.finished)
+    return replace(batch, scores=scores), completions
 
 
-def _join(prompts: list[list[int]], completions: Completions) -> Rollouts:
-    """Prompts and responses side by side, with log-probabilities, values and scores still to be filled in."""
-    lengths = [len(prompt) for prompt in prompts]
+def joined(prompts: Sequence[Sequence[int]], completions: Completions, tokenizer: PreTrainedTokenizerBase) -> Sequences:
+    """Prompts and sampled responses side by side."""
     width = int(completions.lengths.max())
-    ids = torch.zeros(len(prompts), int((np.array(lengths) + completions.lengths).max()), dtype=torch.long)
-    attention_mask = torch.zeros_like(ids)
-    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-        sequence = [*prompt, *completion.token_ids]
-        ids[row, : len(sequence)] = torch.tensor(sequence)
-        attention_mask[row, : len(sequence)] = 1
-    mask = torch.arange(width) < torch.from_numpy(completions.lengths)[:, None]
+    rows = [ids[:length] for ids, length in zip(completions.ids[:, :width], completions.lengths, strict=True)]
+    return Sequences.join(prompts, rows, completions.finished, tokenizer)
+
+
+def from_sequences(sequences: Sequences, completions: Completions, device: torch.device) -> Rollouts:
+    """Tensors of sampled sequences, with log-probabilities, values and scores still to be filled in."""
+    responses = torch.from_numpy(completions.lengths)
+    width = int(responses.max())
+    mask = torch.arange(width) < responses[:, None]
     empty = torch.zeros(mask.shape)
-    return Rollouts(
-        ids=ids,
-        attention_mask=attention_mask,
-        prompt_lengths=torch.tensor(lengths),
+    batch = Rollouts(
+        ids=torch.from_numpy(sequences.ids),
+        prompt_lengths=torch.from_numpy(sequences.prompt_lengths),
+        lengths=torch.from_numpy(sequences.lengths),
         mask=mask,
-        finished=torch.from_numpy(completions.finished),
+        finished=torch.from_numpy(sequences.finished),
+        scores=torch.zeros(len(sequences)),
+        sampler_logprobs=torch.from_numpy(completions.logprobs[:, :width].copy()),
         logprobs=empty,
         ref_logprobs=empty,
         values=empty,
-        scores=torch.zeros(len(prompts)),
-        sampler_gap=0.0,
+        advantages=empty,
+        returns=empty,
+        weights=empty,
     )
+    return Rollouts(**{name: tensor.to(device) for name, tensor in vars(batch).items()})
 
 
-def _checked(scores: np.ndarray, count: int) -> np.ndarray:
-    scores = np.asarray(scores, np.float32)
-    if scores.shape != (count,):
-        raise ValueError(f"the reward function returned shape {list(scores.shape)} for {count} responses")
-    if not np.isfinite(scores).all():
-        index = int(np.flatnonzero(~np.isfinite(scores))[0])
-        raise ValueError(f"the reward of response {index} is {scores[index]}")
-    return scores
+def token_rewards(rollouts: Rollouts, scores: torch.Tensor, kl: torch.Tensor, kl_coefficient: float) -> torch.Tensor:
+    """``r_t = -beta KL_t``, plus the score at the response's last token: float32 [batch, response].
+
+    The last token of a finished response is its end-of-sequence token, so the score lands there, never on padding.
+
+    Args:
+        scores: float32 [batch].
+        kl: float32 [batch, response], an estimate of KL(policy || reference) at each token.
+    """
+    rewards = -kl_coefficient * kl * rollouts.mask
+    last = rollouts.mask.sum(1) - 1
+    rewards[torch.arange(len(rewards)), last] += scores
+    return rewards

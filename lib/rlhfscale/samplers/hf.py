@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer
 
 from rlhfscale.samplers.base import Completions, uniforms
 
@@ -18,24 +19,30 @@ def sample(
     max_new_tokens: int,
     temperature: float = 1.0,
     batch_size: int = 1024,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    ignore_eos: bool = False,
 ) -> Completions:
     """Sample one response for each prompt.
 
     Args:
-        model: a causal language model in evaluation mode; its config names the pad and end-of-sequence tokens.
+        model: a causal language model in evaluation mode.
         prompts: token ids of each prompt. For several responses to a prompt, repeat it.
         seeds: uint64 [prompt], one for each request; equal seeds and prompts give equal responses.
         max_new_tokens: responses are cut there.
         temperature: 0 is greedy.
         batch_size: requests decoded together, of similar prompt length.
+        tokenizer: names the end-of-sequence token; without one the model's config does.
+        ignore_eos: sample all ``max_new_tokens``, for benchmarks.
 
     Raises:
         ValueError: an empty prompt, a prompt that does not fit into the context, or not one seed for each prompt.
     """
     lengths = np.fromiter(map(len, prompts), np.int64, len(prompts))
     _check(model, lengths, seeds, max_new_tokens, temperature)
+    eos = tokenizer.eos_token_id if tokenizer else model.config.eos_token_id
+    pad = model.config.pad_token_id if model.config.pad_token_id is not None else 0
     out = Completions(
-        ids=np.full((len(prompts), max_new_tokens), model.config.pad_token_id, np.int32),
+        ids=np.full((len(prompts), max_new_tokens), pad, np.int32),
         lengths=np.zeros(len(prompts), np.int64),
         finished=np.zeros(len(prompts), bool),
         logprobs=np.zeros((len(prompts), max_new_tokens), np.float32),
@@ -44,47 +51,152 @@ def sample(
     )
     order = np.argsort(lengths, kind="stable")
     for start in range(0, len(order), batch_size):
-        _decode(model, prompts, order[start : start + batch_size], out)
+        rows = order[start : start + batch_size]
+        _decode(model, [prompts[row] for row in rows], rows, out, pad, () if ignore_eos else _as_tuple(eos))
     return out
 
 
-def _decode(model: PreTrainedModel, prompts: Sequence[Sequence[int]], rows: np.ndarray, out: Completions) -> None:
+def _as_tuple(eos: int | list[int] | None) -> tuple[int, ...]:
+    return () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
+
+
+def _decode(
+    model: PreTrainedModel,
+    prompts: list[Sequence[int]],
+    rows: np.ndarray,
+    out: Completions,
+    pad: int,
+    eos: tuple[int, ...],
+) -> None:
     """Decode the requests ``rows`` into ``out``; requests that have ended leave the batch once they are half of it."""
-    ids, mask = _left_padded([prompts[row] for row in rows], model.config.pad_token_id)
+    ids, mask = (x.to(model.device) for x in _left_padded(prompts, pad))
+    padded = bool((mask == 0).any())
     position = mask.cumsum(1).sub_(1).clamp_(min=0)
-    cache = DynamicCache(config=model.config)
+    capacity = ids.shape[1] + out.ids.shape[1]
+    decoder = model.decoder(capacity) if hasattr(model, "decoder") else TransformersDecoder(model, capacity)
     active = rows
     for step in range(out.ids.shape[1]):
-        output = model(
-            input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, logits_to_keep=1
-        )
-        token, logprob = _draw(output.logits[:, -1].float(), out.temperature, out.seeds[active], step)
-        out.ids[active, step] = np.where(out.finished[active], model.config.pad_token_id, token)
+        logits = decoder.step(ids, mask if padded else None, position)
+        token, logprob = _draw(logits, out.temperature, out.seeds[active], step)
+        out.ids[active, step] = np.where(out.finished[active], pad, token)
         out.logprobs[active, step] = np.where(out.finished[active], 0.0, logprob)
         out.lengths[active] += ~out.finished[active]
-        out.finished[active] |= token == model.config.eos_token_id
+        out.finished[active] |= np.isin(token, eos)
         going = ~out.finished[active]
         if not going.any():
             return
         if going.mean() < 0.5:
-            keep = torch.from_numpy(np.flatnonzero(going))
-            cache.batch_select_indices(keep)
+            keep = torch.from_numpy(np.flatnonzero(going)).to(model.device)
+            decoder.keep(keep)
             active, token, mask, position = active[going], token[going], mask[keep], position[keep]
-        ids = torch.from_numpy(token)[:, None]
+        ids = torch.from_numpy(token)[:, None].to(model.device)
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         position = position[:, -1:] + 1
 
 
+class TransformersDecoder:
+    """Next-token logits of a transformers model, with its key-value cache."""
+
+    def __init__(self, model: PreTrainedModel, capacity: int):
+        self.model, self.cache = model, growing_cache(model, capacity)
+
+    def step(self, ids: torch.Tensor, mask: torch.Tensor | None, position: torch.Tensor) -> torch.Tensor:
+        """Logits [request, vocabulary] after the last of ``ids`` [request, new tokens].
+
+        Args:
+            mask: int64 [request, all tokens so far], 0 for padding; None without padding.
+            position: int64 [request, new tokens].
+        """
+        output = self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=position,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return output.logits[:, -1]
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Go on with these requests only."""
+        self.cache.batch_select_indices(rows)
+
+
+class GrowingLayer(DynamicLayer):
+    """Keys and values in one block of memory that is written in place, where a DynamicLayer copies all of it each
+    step."""
+
+    def __init__(self, capacity: int, **options):
+        super().__init__(**options)
+        self.capacity = capacity
+
+    def update(self, key_states, value_states, *args, **options):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            shape = (*key_states.shape[:2], self.capacity, key_states.shape[3])
+            self.key_block = key_states.new_empty(shape)
+            self.value_block = value_states.new_empty((*shape[:3], value_states.shape[3]))
+            self.keys, self.values = self.key_block[:, :, :0], self.value_block[:, :, :0]
+        start = self.keys.shape[2]
+        end = start + key_states.shape[2]
+        self.key_block[:, :, start:end] = key_states
+        self.value_block[:, :, start:end] = value_states
+        self.keys, self.values = self.key_block[:, :, :end], self.value_block[:, :, :end]
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        end = self.keys.shape[2]
+        self.key_block, self.value_block = self.key_block[indices], self.value_block[indices]
+        self.keys, self.values = self.key_block[:, :, :end], self.value_block[:, :, :end]
+
+
+def growing_cache(model: PreTrainedModel, capacity: int) -> Cache:
+    """A key-value cache for ``capacity`` positions. Layers that are not plain (a sliding window) stay as they are."""
+    cache = DynamicCache(config=model.config)
+    if cache.layers and all(type(layer) is DynamicLayer for layer in cache.layers):
+        cache.layers = [GrowingLayer(capacity) for _ in cache.layers]
+    return cache
+
+
+BLOCK = 256
+"""Probabilities summed at a time in inverse-CDF sampling."""
+
+
 def _draw(logits: torch.Tensor, temperature: float, seeds: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray]:
-    """Inverse-CDF sampling: int64 and float32 [request], the token and its log-probability."""
-    logprobs = torch.log_softmax(logits / temperature if temperature else logits, dim=-1)
+    """Inverse-CDF sampling: int64 and float32 [request], the token and its log-probability.
+
+    The cumulative sum is taken over blocks of tokens, then within the chosen block, so a large vocabulary is read twice
+    rather than sorted, filtered or summed in float64.
+    """
+    logits = logits.float() / temperature if temperature else logits.float()
+    total = torch.logsumexp(logits, -1, keepdim=True)
     if temperature:
-        cumulative = logprobs.double().exp().cumsum(-1)
-        threshold = torch.from_numpy(uniforms(seeds, step))[:, None] * cumulative[:, -1:]
-        token = torch.searchsorted(cumulative, threshold, right=True).clamp_(max=logits.shape[-1] - 1)
+        draws = torch.from_numpy(uniforms(seeds, step)).to(logits.device)
+        token = _inverse_cdf((logits - total).exp_(), draws)
     else:
-        token = logprobs.argmax(-1, keepdim=True)
-    return token.squeeze(1).numpy(), logprobs.gather(1, token).squeeze(1).numpy()
+        token = logits.argmax(-1, keepdim=True)
+    return token.squeeze(1).cpu().numpy(), (logits.gather(1, token) - total).squeeze(1).cpu().numpy()
+
+
+def _inverse_cdf(probability: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+    """int64 [request, 1]: the first token at which the cumulative probability exceeds the draw.
+
+    Args:
+        probability: float32 [request, vocabulary].
+        draws: float64 [request], in [0, 1).
+    """
+    rows, vocabulary = probability.shape
+    size = min(BLOCK, vocabulary)
+    blocks = torch.nn.functional.pad(probability, (0, -vocabulary % size)).view(rows, -1, size)
+    cumulative = blocks.sum(2, dtype=torch.float64).cumsum(1)
+    target = draws[:, None] * cumulative[:, -1:]
+    block = torch.searchsorted(cumulative, target, right=True).clamp_(max=blocks.shape[1] - 1)
+    before = torch.where(block > 0, cumulative.gather(1, (block - 1).clamp(min=0)), 0.0)
+    within = blocks[torch.arange(rows, device=block.device), block[:, 0]].double().cumsum(1)
+    # a draw in the rounding gap between a block's sum and its last partial sum takes the block's last likely token
+    last = within.shape[1] - 1 - (within == within[:, -1:]).sum(1, keepdim=True) + 1
+    token = torch.minimum(torch.searchsorted(within, target - before, right=True), last)
+    return block * size + token
 
 
 def _left_padded(prompts: list[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,7 +204,7 @@ def _left_padded(prompts: list[Sequence[int]], pad_id: int) -> tuple[torch.Tenso
     ids = torch.full((len(prompts), longest), pad_id, dtype=torch.long)
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+        ids[row, longest - len(prompt) :] = torch.as_tensor(prompt)
         mask[row, longest - len(prompt) :] = 1
     return ids, mask
 
@@ -106,8 +218,8 @@ def _check(model, lengths: np.ndarray, seeds: np.ndarray, max_new_tokens: int, t
         raise ValueError(f"max_new_tokens: {max_new_tokens} is not at least 1")
     if not 0 <= temperature < np.inf:
         raise ValueError(f"temperature: {temperature} is not a finite number of at least 0; 0 is greedy")
-    context = model.config.max_position_embeddings
-    if lengths.max() + max_new_tokens > context:
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is not None and lengths.max() + max_new_tokens > context:
         worst = int(lengths.argmax())
         raise ValueError(
             f"prompts[{worst}] has {lengths[worst]} tokens; with max_new_tokens={max_new_tokens} it exceeds the"

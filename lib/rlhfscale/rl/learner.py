@@ -1,0 +1,133 @@
+"""The optimiser's side of a trainer: learning rates, clipping, guards against numbers that are not finite, and
+saving."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from rlhfscale.lm import Diverged
+
+STATE = "state.json"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that does not belong to this run; the message names the folder and what differs."""
+
+
+class Learner:
+    """AdamW over named groups of parameters, each with its own learning rate and its own clipped gradient norm.
+
+    Args:
+        networks: see `networks`.
+        rates: learning rate of each role, such as ``{"policy": 1e-4, "critic": 1e-3}``.
+        warmup_updates: updates over which rates rise linearly.
+        weight_decay, max_grad_norm: of every group.
+    """
+
+    def __init__(
+        self,
+        networks: nn.Module,
+        rates: dict[str, float],
+        *,
+        warmup_updates: int,
+        weight_decay: float,
+        max_grad_norm: float,
+    ):
+        self.networks, self.rates = networks, rates
+        self.warmup_updates, self.max_grad_norm = warmup_updates, max_grad_norm
+        self.parameters = {role: networks.parameters_of(role) for role in rates}
+        groups = [{"params": self.parameters[role], "lr": rate} for role, rate in rates.items()]
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
+
+    def set_rates(self, update: int) -> None:
+        factor = min(1.0, (update + 1) / self.warmup_updates) if self.warmup_updates else 1.0
+        for group, rate in zip(self.optimizer.param_groups, self.rates.values(), strict=True):
+            group["lr"] = factor * rate
+
+    @contextmanager
+    def step(self, update: int) -> Iterator[dict[str, float]]:
+        """One optimiser step on the gradients that the block accumulates; yields a record of the step.
+
+        The block adds its losses to the record. Before anything moves, gradients are clipped and checked.
+
+        Raises:
+            Diverged: a recorded loss or a gradient norm is not finite (names the update).
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        record: dict[str, float] = {}
+        yield record
+        for role, parameters in self.parameters.items():
+            record[f"{role}_grad_norm"] = nn.utils.clip_grad_norm_(parameters, self.max_grad_norm).item()
+        if not torch.tensor(list(record.values())).isfinite().all():
+            found = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in record.items())
+            raise Diverged(f"update {update}: {found}; lower the learning rate, or look at the rewards")
+        self.optimizer.step()
+        for parameters in self.parameters.values():  # the fused optimiser does not, and merged weights go by it
+            torch.autograd.graph.increment_version(parameters)
+
+    def save(self, folder: Path, state: dict) -> None:
+        """Write networks, optimiser and ``state`` so that a killed process leaves the old checkpoint or the new one."""
+        temporary = folder.with_name(folder.name + ".tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        self.networks.save(temporary)
+        moments = {
+            f"{index}.{name}": tensor.contiguous()
+            for index, entry in self.optimizer.state_dict()["state"].items()
+            for name, tensor in entry.items()
+        }
+        save_file(moments, temporary / "optimizer.safetensors")
+        state = state | {"model": self.networks.fingerprint}
+        (temporary / STATE).write_text(json.dumps(state, indent=1, allow_nan=False) + "\n")
+        old = folder.with_name(folder.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
+        temporary.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def load(self, folder: Path, expected: dict) -> dict:
+        """Read back what `save` wrote and return its state.
+
+        Raises:
+            CheckpointError: no checkpoint, one of another model, or one whose state differs from ``expected``.
+        """
+        folder = latest(folder)
+        state = json.loads((folder / STATE).read_text())
+        for name, value in (expected | {"model": self.networks.fingerprint}).items():
+            if state.get(name) != value:
+                raise CheckpointError(
+                    f"{folder}: its {name} is {state.get(name)!r}, this run's is {value!r}; resume with what it was made"
+                    " with, or choose another folder"
+                )
+        self.networks.load(folder)
+        moments: dict[int, dict[str, torch.Tensor]] = {}
+        for name, tensor in load_file(folder / "optimizer.safetensors").items():
+            index, _, key = name.partition(".")
+            moments.setdefault(int(index), {})[key] = tensor
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        return state
+
+
+def exists(folder: Path) -> bool:
+    """Whether a checkpoint can be read there."""
+    return any((candidate / STATE).is_file() for candidate in _candidates(folder))
+
+
+def latest(folder: Path) -> Path:
+    """The checkpoint's folder; its predecessor where the process was killed between two renames."""
+    for candidate in _candidates(folder):
+        if (candidate / STATE).is_file():
+            return candidate
+    raise CheckpointError(f"{folder}: no checkpoint there")
+
+
+def _candidates(folder: Path) -> tuple[Path, Path]:
+    return folder, folder.with_name(folder.name + ".old")

@@ -1,0 +1,55 @@
+"""What is logged of an update.
+
+| metric | meaning | unit |
+|---|---|---|
+| proxy | mean reward of a response, penalties for no end included | score |
+| proxy_std | its standard deviation over the update's responses | score |
+| kl_nats | KL(policy || reference), k1, summed over a response, mean over responses | nats |
+| kl_coefficient | beta, what a nat costs | score / nat |
+| response_tokens | mean length of a response, end-of-sequence included | tokens |
+| finished | share of responses that ended by end-of-sequence | share |
+| entropy_nats | entropy of the next token, mean over response tokens and steps | nats |
+| sampler_gap_nats | largest difference between the sampler's and the trainer's log-probability of a token | nats |
+| ratio_kl_nats | KL(policy that sampled || policy being trained), k1, mean over tokens and steps | nats |
+| clip_fraction | share of tokens (RLOO: responses) at which the clipped branch is active, mean over steps | share |
+| policy_loss | see each trainer, mean over steps | - |
+| policy_grad_norm | before clipping, mean over steps | - |
+| value_loss | critic's clipped squared error / 2, mean over steps (PPO) | score^2 |
+| critic_grad_norm | before clipping, mean over steps (PPO) | - |
+| explained_variance | 1 - Var(R - V) / Var(R) of the returns by the critic's values at sampling (PPO) | share |
+| steps | optimiser steps taken; fewer than planned where the update stopped early | - |
+"""
+
+import numpy as np
+import torch
+
+from rlhfscale.rl.kl import sequence_kl
+from rlhfscale.rl.rollout import Rollouts
+
+
+def rollout_metrics(rollouts: Rollouts, steps: list[dict[str, float]], kl_coefficient: float) -> dict[str, float]:
+    """The metrics of an update from its roll-outs and the records of its optimiser steps."""
+    kl = sequence_kl(rollouts.logprobs, rollouts.ref_logprobs, rollouts.mask)
+    return {
+        "proxy": rollouts.scores.mean().item(),
+        "proxy_std": rollouts.scores.std(correction=0).item(),
+        "kl_nats": kl.mean().item(),
+        "kl_coefficient": kl_coefficient,
+        "response_tokens": rollouts.mask.sum(1).float().mean().item(),
+        "finished": rollouts.finished.float().mean().item(),
+        "sampler_gap_nats": rollouts.sampler_gap,
+        **{name: float(np.mean([step[name] for step in steps])) for name in steps[0]},
+        "steps": len(steps),
+    }
+
+
+def explained_variance(rollouts: Rollouts) -> float:
+    """``1 - Var(R - V) / Var(R)`` over response tokens."""
+    returns, values = rollouts.returns[rollouts.mask], rollouts.values[rollouts.mask]
+    variance = returns.var(correction=0)
+    return (1 - (returns - values).var(correction=0) / variance.clamp(min=1e-8)).item() if variance > 0 else 0.0
+
+
+def summed(parts: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+    """The record of a step from those of its passes, which are weighted sums."""
+    return {name: float(sum(part[name].detach() for part in parts)) for name in parts[0]}
