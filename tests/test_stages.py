@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_tensors
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from rlhfscale import ladder, lm, models, specs, stages, tasks
+from rlhfscale import ladder, lm, models, networks, specs, stages, tasks
 from rlhfscale.data import demonstrations as data
 from rlhfscale.data.demonstrations import demonstration_entropy, encode, tokens
 from rlhfscale.data.documents import pad
@@ -40,10 +40,10 @@ REWARD_MODEL = specs.RewardModel(
     prompts_per_batch=8, lr=1e-2, muon_lr=5e-3, lora_rank=0, readout="sum", seed=0,
 )  # fmt: skip
 POLICY = specs.Policy(
-    sft=SFT, reward_model=REWARD_MODEL, algorithm="ppo", num_updates=2, prompts_per_update=8, responses_per_prompt=2,
-    epochs=1, minibatch_size=8, policy_lr=5e-3, critic_lr=5e-3, kl_coefficient=0.05, clip=0.2, value_clip=0.2,
-    gamma=1.0, lam=0.95, temperature=1.0, max_grad_norm=1.0, missing_eos_penalty=1.0, lora_rank=2, lora_alpha=4.0,
-    seed=0,
+    sft=SFT, reward_model=REWARD_MODEL, algorithm="ppo", critic="separate", num_updates=2, prompts_per_update=8,
+    responses_per_prompt=2, epochs=1, minibatch_size=8, policy_lr=5e-3, critic_lr=5e-3, value_coefficient=0.1,
+    kl_coefficient=0.05, clip=0.2, value_clip=0.2, gamma=1.0, lam=0.95, temperature=1.0, max_grad_norm=1.0,
+    missing_eos_penalty=1.0, lora_rank=2, lora_alpha=4.0, seed=0,
 )  # fmt: skip
 OF_POLICY = sampled(POLICY, "eval", seed=3)
 GREEDY = sampled(POLICY, "eval", seed=3, num_samples=1, temperature=0.0)
@@ -186,7 +186,7 @@ def test_the_policy_folder_holds_what_plain_peft_needs(folders):
         loaded = PeftModel.from_pretrained(base, adapters / "policy").eval()
         torch.testing.assert_close(loaded(ids).logits, merged, rtol=0, atol=1e-5)
         loaded.load_adapter(adapters / "critic", adapter_name="critic")
-    head = models.ValueHead(base.config.hidden_size)
+    head = networks.ValueHead(base.config.hidden_size)
     head.load_state_dict(load_tensors(adapters / "value_head.safetensors"))
     assert head.linear.weight.abs().max() > 0
     table = pd.read_csv(folders[POLICY] / "metrics.csv")

@@ -19,13 +19,20 @@ TASKS = ("tasks/__init__", "tasks/base", "tasks/lists", "tasks/registers", "ladd
 DOCUMENTS = (*TASKS, "data/demonstrations", "data/documents")
 TRAINING = (*DOCUMENTS, "models", "lm", "optim")
 SAMPLING = (*DOCUMENTS, "models", "samplers/base", "samplers/hf", "data/responses")
-REWARD = (*SAMPLING, "lm", "optim", "rewards/outcome")
+REWARD = (
+    *SAMPLING, "lm", "optim", "sequences", "lora", "llama", "rewards/base", "rewards/losses", "rewards/labelled",
+    "rewards/metrics", "rewards/scorer", "rewards/outcome",
+)  # fmt: skip
+TRAINERS = tuple(
+    f"rl/{name}"
+    for name in ("config", "ppo", "loop", "learner", "rollout", "logprobs", "kl", "advantages", "losses", "metrics")
+)
 MODULES = {
     "pretrain": TRAINING,
     "sft": TRAINING,
     "samples": SAMPLING,
     "reward_model": REWARD,
-    "policy": (*REWARD, "rl/ppo", "rl/rollout", "rl/kl", "rl/advantages", "rl/losses"),
+    "policy": (*REWARD, "networks", *TRAINERS),
     "scores": REWARD,
 }
 """The modules that decide what each stage makes; of stages.py, the stage's function and what it calls there counts."""

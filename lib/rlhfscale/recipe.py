@@ -43,8 +43,12 @@ class Recipe(BaseModel):
     ppo_responses: int = Field(ge=1, description="responses to each of them")
     ppo_epochs: int = Field(ge=1, description="passes over an update's roll-outs")
     ppo_minibatch: int = Field(ge=1, description="roll-outs in an optimiser step")
+    ppo_critic: Literal["trunk", "separate"] = Field(
+        description="value head on the policy's trunk or on an own adapter"
+    )
     ppo_policy_lr: float = Field(gt=0, description="AdamW rate of the policy's adapter")
-    ppo_critic_lr: float = Field(gt=0, description="AdamW rate of the critic's adapter and value head")
+    ppo_critic_lr: float = Field(gt=0, description="AdamW rate of the value head, and of a separate critic's adapter")
+    ppo_value_coefficient: float = Field(gt=0, description="weight of the value loss where the trunk is shared")
     ppo_kl: float = Field(ge=0, description="KL coefficient, in standard deviations of the score for a nat")
     ppo_clip: float = Field(gt=0, description="clipping range of the ratio")
     ppo_value_clip: float = Field(gt=0, description="clipping range of the value")
@@ -152,6 +156,7 @@ class Recipe(BaseModel):
             sft=self.sft(rung),
             reward_model=self.reward_model(reward_rung, seed),
             algorithm="ppo",
+            critic=self.ppo_critic,
             num_updates=self.ppo_updates,
             prompts_per_update=self.ppo_prompts,
             responses_per_prompt=self.ppo_responses,
@@ -159,6 +164,7 @@ class Recipe(BaseModel):
             minibatch_size=self.ppo_minibatch,
             policy_lr=self.ppo_policy_lr,
             critic_lr=self.ppo_critic_lr,
+            value_coefficient=self.ppo_value_coefficient,
             kl_coefficient=self.ppo_kl,
             clip=self.ppo_clip,
             value_clip=self.ppo_value_clip,

@@ -78,7 +78,7 @@ class RewardModel(Spec):
     """An outcome reward model: Bradley-Terry on the pairs within each prompt, started from an SFT model."""
 
     stage: ClassVar[str] = "reward_model"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     runner: ClassVar[str] = "rlhfscale.stages:reward_model"
 
     base: SFT
@@ -122,12 +122,13 @@ class Policy(Spec):
     """An SFT model trained against a frozen reward model."""
 
     stage: ClassVar[str] = "policy"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     runner: ClassVar[str] = "rlhfscale.stages:policy"
 
     sft: SFT
     reward_model: RewardModel
     algorithm: Literal["ppo"]
+    critic: Literal["trunk", "separate"]
     num_updates: int = Field(ge=1)
     prompts_per_update: int = Field(ge=1)
     responses_per_prompt: int = Field(ge=1)
@@ -135,6 +136,7 @@ class Policy(Spec):
     minibatch_size: int = Field(ge=1)
     policy_lr: float = Field(gt=0)
     critic_lr: float = Field(gt=0)
+    value_coefficient: float = Field(gt=0)
     kl_coefficient: float = Field(ge=0)
     clip: float = Field(gt=0)
     value_clip: float = Field(gt=0)
@@ -174,7 +176,7 @@ class Samples(Spec):
     """Responses of a model to a split's prompts, labelled by the verifier. With temperature 0: greedy."""
 
     stage: ClassVar[str] = "samples"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     runner: ClassVar[str] = "rlhfscale.stages:samples"
 
     model: SFT | Policy

@@ -5,7 +5,6 @@ Every function has the signature ``stage(spec, inputs, folder)``: ``inputs`` map
 """
 
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,8 @@ from rlhfscale.data.demonstrations import (
 from rlhfscale.data.responses import Responses, label
 from rlhfscale.rewards import outcome
 from rlhfscale.rl import PPO, PPOConfig
-from rlhfscale.samplers import hf, request_seeds
+from rlhfscale.samplers import Completions, hf, request_seeds
+from rlhfscale.store import scratch
 
 LOSS_POINTS = 8
 """Held-out loss is measured this many times during pretraining, evenly spaced in steps."""
@@ -117,7 +117,7 @@ def reward_model(spec: specs.RewardModel, inputs: Inputs, folder: Path) -> None:
         readout=spec.readout,
         seed=(spec.seed, 0),
     )
-    reward = outcome.OutcomeRewardModel(model, spec.readout)
+    reward = outcome.OutcomeRewardModel(model, models.build_tokenizer(), spec.readout)
     reward.calibrate(np.concatenate([reward.score_responses(responses.head(256)).ravel() for responses in data]))
     reward.save(folder / "model")
     pd.DataFrame(records).to_csv(folder / "train.csv", index=False)
@@ -128,28 +128,32 @@ def reward_model(spec: specs.RewardModel, inputs: Inputs, folder: Path) -> None:
 
 
 def policy(spec: specs.Policy, inputs: Inputs, folder: Path) -> None:
-    """model/ (adapter folded in), adapters/policy and adapters/critic as PEFT folders, metrics.csv."""
+    """model/ (adapter folded in), adapters/ (policy and critic as PEFT folders, value head), metrics.csv."""
     base = models.load_policy(inputs[spec.sft.key] / "model")
     # what the adapters record as their base, rather than a path of this machine
     base.name_or_path = base.config.name_or_path = spec.sft.key
-    reward = outcome.OutcomeRewardModel.load(inputs[spec.reward_model.key] / "model")
-    names = PPOConfig.__dataclass_fields__.keys() - {"max_new_tokens"}
+    reward = outcome.OutcomeRewardModel.load(inputs[spec.reward_model.key] / "model").normalised()
+    names = PPOConfig.model_fields.keys() & type(spec).model_fields.keys()
     config = PPOConfig(**{name: getattr(spec, name) for name in names}, max_new_tokens=tasks.MAX_RESPONSE_TOKENS)
-    problems = tasks.problems((spec.seed, STREAM["policy"]), "train", spec.sft.families)
-    run = PPO(base, partial(reward.score, normalise=True), config, spec.seed)
-    records = []
-    for update in range(spec.num_updates):
-        batch = [next(problems) for _ in range(spec.prompts_per_update)]
-        record, completions = run.update(encode_prompts(batch))
-        labels = label(batch, completions)
-        gold = {"gold": float(labels.gold.mean()), "exact": float(labels.exact.mean())}
-        records.append({"update": update, **gold, **record})
-    models.save_model(run.shared.merged_policy(), folder / "model")
-    for adapter in (models.POLICY, models.CRITIC):
-        run.shared.save_adapter(adapter, folder / "adapters")
-    value_head = {name: tensor.detach().numpy() for name, tensor in run.shared.value_head.state_dict().items()}
-    save_file(value_head, folder / "adapters" / "value_head.safetensors")
-    pd.DataFrame(records).to_csv(folder / "metrics.csv", index=False)
+    stream = tasks.problems((spec.seed, STREAM["policy"]), "train", spec.sft.families)
+    batches = [[next(stream) for _ in range(spec.prompts_per_update)] for _ in range(spec.num_updates)]
+    run = PPO(base, models.build_tokenizer(), reward, config, seed=spec.seed)
+
+    def graded(update: int, _: dict[str, float], completions: Completions) -> dict[str, float]:
+        labels = label(batches[update], completions)
+        return {"gold": float(labels.gold.mean()), "exact": float(labels.exact.mean())}
+
+    with scratch(folder) as kept:
+        metrics = run.train(
+            lambda update: encode_prompts(batches[update]),
+            spec.num_updates,
+            folder=kept,
+            on_update=graded,
+            progress=False,
+        )
+    run.networks.save(folder / "adapters")
+    models.save_model(run.networks.merged_policy(), folder / "model")
+    metrics.to_csv(folder / "metrics.csv", index=False)
 
 
 def scores(spec: specs.Scores, inputs: Inputs, folder: Path) -> None:

@@ -153,7 +153,7 @@ class Store:
     def artifacts(self) -> Iterator[dict[str, Any]]:
         """The manifest of every artifact, by stage and key, unverified; unreadable ones are left out."""
         for path in sorted(self.root.glob(f"*/*-*/{MANIFEST}")):
-            if path.parts[-3] not in ("tmp", "corrupt"):
+            if path.parts[-3] not in ("tmp", "corrupt", "checkpoints"):
                 with suppress(ValueError):
                     yield json.loads(path.read_text())
 
@@ -211,6 +211,19 @@ class Store:
                     "(--store, RLHFSCALE_STORE)"
                 ) from error
             raise
+
+
+@contextmanager
+def scratch(artifact: Path) -> Iterator[Path]:
+    """A folder beside a half-made artifact for its checkpoints: it outlives a killed process, so that the next one to
+    make the artifact goes on from there, and is deleted once the block ends well.
+
+    Args:
+        artifact: the temporary folder that `Store.create` gave; its lock is held.
+    """
+    folder = artifact.parent.parent / "checkpoints" / artifact.name.rpartition(".")[0]
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _sha256(path: Path) -> str:
