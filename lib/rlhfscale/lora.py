@@ -233,7 +233,7 @@ class Projection:
             grads = []
             parts = zip(lora, (up.t() @ x).split(ranks), low.split(ranks, 1), strict=True)
             for (_, _, scale, columns), grad_a, part in parts:
-                grads += [grad_a, (grad[:, columns].t() @ part).mul_(scale)]
+                grads += [grad_a, (part.t() @ grad[:, columns]).t().mul(scale)]
         return grad_x, [g.to(matrix.dtype) for g, matrix in zip(grads, self.parameters(name), strict=True)]
 
     def _dense_is_cheaper(self, width: int, lora: list) -> bool:
