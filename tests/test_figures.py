@@ -189,3 +189,21 @@ def test_no_pickle_and_no_eval_in_the_library():
     command = ["grep", "-rnE", r"\b(pickle|eval|exec)\(|import pickle|torch\.load", str(ROOT / "lib"), "--include=*.py"]
     found = subprocess.run(command, capture_output=True, text=True, check=False).stdout
     assert not [line for line in found.splitlines() if ".eval()" not in line]
+
+
+def test_the_readme_example_trains_a_model(tmp_path, monkeypatch):
+    """As printed, but for the model's name, the number of updates, and the folder it writes to."""
+    import tiny
+
+    from rlhfscale import models
+
+    models.save_model(tiny.model(), tmp_path / "model")
+    text = (ROOT / "README.md").read_text()
+    code = next(block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "PPOConfig" in block)
+    code = re.sub(r'name = ".*?"', f'name = "{tmp_path}/model"', code).replace("num_updates=20", "num_updates=2")
+    assert len([line for line in code.splitlines() if line.strip()]) <= 10
+    monkeypatch.chdir(tmp_path)
+    found = {}
+    exec(compile(code, "README.md", "exec"), found)  # the project's own text, not a model's
+    assert len(found["metrics"]) == 2 and (tmp_path / "runs/short-answers/metrics.csv").is_file()
+    assert (tmp_path / "runs/short-answers/checkpoint/policy/adapter_model.safetensors").is_file()

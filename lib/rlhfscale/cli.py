@@ -1,7 +1,9 @@
-"""The command line: ``rlhfscale run | plan | status | claims``. Exit codes: 0 ok, 1 something failed, 2 bad input,
-130 interrupted. Nothing here imports torch."""
+"""The command line: ``rlhfscale run | plan | status | claims | bench``.
+
+Exit codes: 0 ok, 1 something failed, 2 bad input, 130 interrupted. Nothing here imports torch."""
 
 import importlib
+import json
 import signal
 import sys
 import warnings
@@ -111,6 +113,37 @@ def claims(tier: Tier = "laptop", results: ResultsFolder = None) -> None:
             raise ParamsError(f"{path}: no verdicts yet; make the figures first: rlhfscale run --tier {tier}")
         text = path.read_text()
         console.print(Markdown(text)) if console.is_terminal else typer.echo(text)
+
+
+@app.command()
+def bench(
+    what: Annotated[str, typer.Argument(help="ppo, rm, sampler, all, or the name of one case.")] = "all",
+    peer_python: Annotated[
+        str | None, typer.Option(help="Python of PPO's peer, see requirements/bench.txt. [default: .venv-bench's]")
+    ] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Times the sides alternate. [default: each case's]")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of each side.")] = 1,
+    tier: Tier = "laptop",
+    store: StoreFolder = None,
+    results: ResultsFolder = None,
+) -> None:
+    """Time our trainers against their peers, in turns, and print JSON; tables go to results/TIER/90_throughput/.
+
+    `make bench` sets up the peers and runs every case. Example: `rlhfscale bench ppo-rung --rounds 5`
+    """
+    with _errors():
+        from rlhfscale.bench import report
+        from rlhfscale.bench.run import select, timed
+
+        peer = peer_python or str(paths.project_root() / ".venv-bench" / "bin" / "python")
+        folder = (results or paths.results_root()).absolute() / tier / report.NAME
+        artifacts = Store(store)
+        artifacts.check_writable()
+        for case in select(what, peer):
+            row = timed(case, artifacts.root / "bench", peer_python=peer, num_rounds=rounds, threads=threads)
+            typer.echo(json.dumps(row, indent=1))
+            report.save([row], folder)
+        report.execute_notebook(folder)
 
 
 def _load(tier: str, wanted: list[str] | None, results: Path) -> list[runner.Figure]:

@@ -1,6 +1,6 @@
 """The figures' parameters: what each notebook varies, and the specs that follow from it."""
 
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from pydantic import model_validator
 
@@ -10,19 +10,10 @@ from rlhfscale.recipe import Recipe
 from rlhfscale.spec import Spec
 
 
-class StudyFigure(FigureParams):
-    """What all figures share: the recipe and the seeds."""
+class RecipeFigure(FigureParams):
+    """What all figures share: the recipe."""
 
     recipe: str = field(role="fixed", doc="tier whose recipe.yaml holds every setting that is not varied here")
-    seeds: tuple[int, ...] = field(
-        role="scientific", min_length=2, doc="each reseeds labels, reward model, policy training and evaluation samples"
-    )
-
-    @model_validator(mode="after")
-    def _check_seeds(self) -> Self:
-        if len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
-            raise ValueError(f"seeds: {list(self.seeds)} must be different and not negative")
-        return self
 
     @model_validator(mode="after")
     def _check_recipe(self) -> Self:
@@ -32,6 +23,20 @@ class StudyFigure(FigureParams):
     @property
     def settings(self) -> Recipe:
         return Recipe.load(self.recipe)
+
+
+class StudyFigure(RecipeFigure):
+    """What the figures that test claims share: the recipe and the seeds."""
+
+    seeds: tuple[int, ...] = field(
+        role="scientific", min_length=2, doc="each reseeds labels, reward model, policy training and evaluation samples"
+    )
+
+    @model_validator(mode="after")
+    def _check_seeds(self) -> Self:
+        if len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+            raise ValueError(f"seeds: {list(self.seeds)} must be different and not negative")
+        return self
 
 
 def _check_rungs(name: str, rungs: tuple[str, ...]) -> None:
@@ -194,3 +199,79 @@ class TestBed(StudyFigure):
         ]
         best = [item for seed in self.seeds for item in self.best_of_eight(seed)]
         return tuple(dict.fromkeys([*ladder_specs, *self.reward_models().values(), *best, *self.gains().specs()]))
+
+
+class Walkthrough(RecipeFigure):
+    """PPO by hand, then one live run on a bed small enough to be made while a reader waits.
+
+    The bed is its own: a rung pretrained on few documents, then fine-tuned on demonstrations of one family by careless
+    demonstrators, so that there is much to gain in little time. All that is not named here is the recipe's.
+    """
+
+    figure: ClassVar[str] = "00_walkthrough"
+    title: ClassVar[str] = "PPO by hand, then live"
+    families: ClassVar[tuple[str, ...]] = ("registers",)
+    bed_seed: ClassVar[int] = 1
+    """Of the reward model and of the held-out responses: the live run's seed changes nothing but the live run."""
+
+    seed: int = field(role="scientific", ge=1, doc="seed of the live run")
+    num_updates: int = field(role="scientific", ge=1, doc="updates of the live run")
+    prompts_per_update: int = field(role="scientific", ge=2, multiple_of=2, doc="prompts, one response to each")
+    epochs: int = field(role="scientific", ge=1, doc="passes over an update's roll-outs, in two minibatches each")
+    policy_lr: float = field(role="scientific", gt=0, doc="learning rate of the policy")
+    kl_coefficient: float = field(role="scientific", ge=0, doc="beta, in standard deviations of the proxy for a nat")
+    clip: float = field(role="scientific", gt=0, doc="epsilon, half-width of the ratio's clipping range")
+    lam: float = field(role="scientific", ge=0, le=1, doc="lambda of GAE")
+    rung: str = field(role="fixed", doc="rung of policy, critic and reward model")
+    pretrain_documents: int = field(role="fixed", ge=64, doc="documents it is pretrained on")
+    sft_documents: int = field(role="fixed", ge=64, doc="demonstrations it is fine-tuned on")
+    slip: float = field(role="fixed", ge=0, lt=1, doc="share of wrong tokens in these demonstrations")
+    label_prompts: int = field(role="fixed", ge=1, doc="prompts whose responses are compared for the reward model")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _check_rungs("rung", (self.rung,))
+        return self
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        return (self.seed,)
+
+    @property
+    def settings(self) -> Recipe:
+        """The recipe with this bed's sizes."""
+        return super().settings.model_copy(
+            update={
+                "pretrain_documents": self.pretrain_documents,
+                "sft_documents": self.sft_documents,
+                "label_rungs": (self.rung,),
+                "reward_prompts": self.label_prompts,
+                "reward_muon_lr": 0.005,  # few labels: a higher rate orders more held-out pairs rightly
+            }
+        )
+
+    @property
+    def sft(self) -> specs.SFT:
+        return _changed(self.settings.sft(self.rung), families=self.families, slip=self.slip)
+
+    @property
+    def reward_model(self) -> specs.RewardModel:
+        spec = self.settings.reward_model(self.rung, self.bed_seed)
+        data, held_out = (tuple(map(self._on_bed, part)) for part in (spec.data, spec.held_out))
+        return _changed(spec, base=self.sft, data=data, held_out=held_out)
+
+    @property
+    def before(self) -> specs.Samples:
+        """Responses to the held-out prompts before the live run."""
+        return self._on_bed(self.settings.evaluation(self.sft, self.bed_seed))
+
+    def _on_bed(self, samples: specs.Samples) -> specs.Samples:
+        return _changed(samples, model=self.sft, families=self.families)
+
+    def specs(self) -> tuple[Spec, ...]:
+        return self.sft, self.reward_model, self.before
+
+
+def _changed(spec: Spec, **fields: Any) -> Any:
+    """The spec with other fields, checked anew."""
+    return type(spec)(**dict(spec) | fields)

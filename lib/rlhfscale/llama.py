@@ -10,9 +10,12 @@ Measured with torch 2.13: bfloat16's fused attention has a backward pass five ti
 so attention is written out too. Probabilities are kept where they are no larger than a layer's other activations.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import LlamaModel, MistralModel, PreTrainedModel, Qwen2Model
 
 from rlhfscale.lora import Projection, head_product
@@ -179,10 +182,14 @@ class FusedLlama:
         trunk: the decoder of a transformers model, below PEFT if it carries adapters.
         head: the output head, for decoding.
         dtype: what layers compute in; embedding, last norm and output head keep the model's.
+
+    Attributes:
+        checkpointing: keep only each layer's input for the backward pass, and compute the rest again there.
     """
 
     def __init__(self, trunk: PreTrainedModel, head: nn.Module | None, dtype: torch.dtype):
         self.trunk, self.head, self.dtype = trunk, head, dtype
+        self.checkpointing = False
         self.config = config = trunk.config
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.layers = [
@@ -204,11 +211,13 @@ class FusedLlama:
         cos, sin = self.rotary(self.trunk.embed_tokens.weight, torch.arange(length)[None])
         bias = torch.full((length, length), float("-inf"), dtype=cos.dtype).triu(1)
         matrices = [layer.parameters(name) for layer in self.layers]
+        again = self.checkpointing and torch.is_grad_enabled()
+        run = partial(checkpoint, LayerPass.apply, use_reentrant=False) if again else LayerPass.apply
         parts = []
         for part in ids.split(max(1, CACHED_TOKENS // length)):
             x = self.trunk.embed_tokens(part).to(self.dtype)
             for layer, parameters in zip(self.layers, matrices, strict=True):
-                x = LayerPass.apply(x, layer, name, cos, sin, bias, *parameters)
+                x = run(x, layer, name, cos, sin, bias, *parameters)
             parts.append(self.trunk.norm(x.to(self.trunk.norm.weight.dtype)))
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
@@ -275,9 +284,7 @@ class LlamaDecoder:
         self.keys, self.values = ([kept[:, rows] for kept in blocks] for blocks in (self.keys, self.values))
 
 
-def fused(
-    trunk: nn.Module, head: nn.Module | None = None, dtype: torch.dtype | None = None
-) -> FusedLlama | None:
+def fused(trunk: nn.Module, head: nn.Module | None = None, dtype: torch.dtype | None = None) -> FusedLlama | None:
     """The fused form of a decoder, or None where it is another architecture, not on a CPU, or not plain.
 
     Args:

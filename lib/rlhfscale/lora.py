@@ -14,6 +14,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora import Linear as PeftLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 try:
@@ -59,6 +60,20 @@ class _Fused:
         return Product.apply(x, self.projection, name, *self.projection.parameters(name))
 
 
+class _Switched:
+    """A PEFT layer that is not fused, with the switch's adapter in place of the one that is active for PEFT."""
+
+    switch: Switch
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        return self.switch.adapter if self.switch.fused and self.switch.adapter else self._active_adapter
+
+    @property
+    def disable_adapters(self) -> bool:
+        return self.switch.adapter is None if self.switch.fused else self._disable_adapters
+
+
 class FusedLinear(_Fused, PeftLinear):
     """PEFT's LoRA layer over ``nn.Linear``."""
 
@@ -72,7 +87,7 @@ if PeftLinear4bit is not None:
 def install(model: nn.Module) -> Switch:
     """Let every plain LoRA layer of a PEFT model (no dropout, no variant, dense or 4-bit base) be fused.
 
-    Layers of another kind stay PEFT's and follow PEFT's active adapter. Returns the switch they share.
+    Adapted layers of another kind compute as PEFT does, under the adapter that the switch says. Returns the switch.
     """
     switch = Switch()
     for module in model.modules():
@@ -80,6 +95,10 @@ def install(model: nn.Module) -> Switch:
             module.__class__ = FusedLinear
         elif PeftLinear4bit is not None and type(module) is PeftLinear4bit and _is_plain(module):
             module.__class__ = FusedLinear4bit
+        elif isinstance(module, BaseTunerLayer):
+            module.__class__ = type(f"Switched{type(module).__name__}", (_Switched, type(module)), {})
+            module.switch = switch
+            continue
         else:
             continue
         module.switch = switch

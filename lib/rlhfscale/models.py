@@ -136,6 +136,8 @@ def close_nf4_trap(model: PreTrainedModel) -> PreTrainedModel:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+            if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+                module.state_dict()  # repacked already: bitsandbytes puts them back, in place, before it saves
     return model
 
 

@@ -15,9 +15,11 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -36,7 +38,7 @@ class ValueHead(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.linear = nn.Linear(width, 1)
+        self.linear = nn.utils.skip_init(nn.Linear, width, 1)  # drawing nothing from torch's global generator
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
@@ -77,7 +79,7 @@ def build(
         raise ValueError(f"critic: {critic!r} is not one of {', '.join(CRITICS)}")
     if adapter not in ("lora", "none"):
         raise ValueError(f"adapter: {adapter!r} is not one of lora, none")
-    if isinstance(base, PeftModel):
+    if any(isinstance(module, BaseTunerLayer) for module in base.modules()):  # a PeftModel, or the base of one
         raise ValueError("model: it already carries an adapter; pass its base, or model.merge_and_unload()")
     models.close_nf4_trap(base)
     if base.device.type == "cpu":
@@ -99,7 +101,7 @@ def build(
         else FullWeights(base.eval(), critic=critic)
     )
     if gradient_checkpointing:
-        checkpoint_blocks(base)
+        networks.checkpoint_blocks()
     return networks
 
 
@@ -130,13 +132,26 @@ def keep_freed_memory() -> None:
         mallopt(TRIM_THRESHOLD, 2**30)
 
 
-def checkpoint_blocks(model: PreTrainedModel) -> None:
-    """Turn on gradient checkpointing without turning on dropout: only the blocks themselves are in training mode."""
+def checkpoint_blocks(model: PreTrainedModel, switch: lora.Switch | None = None) -> None:
+    """Turn on gradient checkpointing without turning on dropout: only the blocks themselves are in training mode.
+
+    Blocks are computed again in the backward pass, when the forward pass's adapter is no longer set: it is set again.
+    """
+
+    def run(block: Callable, *inputs: torch.Tensor) -> torch.Tensor:
+        name = switch.adapter if switch else None
+
+        def under_its_adapter(*inputs):
+            with lora.adapter(switch, name) if switch else contextlib.nullcontext():
+                return block(*inputs)
+
+        return checkpoint(under_its_adapter, *inputs, use_reentrant=False)
+
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.enable_input_require_grads()
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.training = True
+            module._gradient_checkpointing_func = run
 
 
 @dataclass(frozen=True)
@@ -182,13 +197,16 @@ class SharedBase(nn.Module):
             self.model = get_peft_model(base, config, adapter_name=POLICY)
             if critic == "separate":
                 self.model.add_adapter(CRITIC, config)
+        if isinstance(base.get_output_embeddings(), BaseTunerLayer):
+            raise ValueError("lora_targets: the output head is shared with the reference and cannot be adapted")
         # both adapters keep their gradients on: which of them gets one is decided by what was computed
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(".lora_" in name)
         self.critic = critic
         self.value_head = None if critic == "none" else ValueHead(base.config.hidden_size).to(base.device)
-        self.switch = lora.install(self.model)
+        # in this order: the layers' weights are moved together first, and only then looked at by each layer
         self._fused = llama.fused(models.trunk(base), base.get_output_embeddings(), compute_dtype)
+        self.switch = lora.install(self.model)
 
     @property
     def base(self) -> PreTrainedModel:
@@ -206,6 +224,13 @@ class SharedBase(nn.Module):
             return self._fused.hidden(ids, name)
         with lora.adapter(self.switch, name):
             return last_hidden(models.trunk(self.base), ids)
+
+    def checkpoint_blocks(self) -> None:
+        """Keep only each block's input for the backward pass, and compute the rest again there."""
+        if self._fused:
+            self._fused.checkpointing = True
+        else:
+            checkpoint_blocks(self.base, self.switch)
 
     @property
     def critic_role(self) -> str:
@@ -273,6 +298,11 @@ class FullWeights(nn.Module):
     def hidden(self, ids: torch.Tensor, role: str) -> torch.Tensor:
         trunks = {POLICY: models.trunk(self.base), CRITIC: self.critic_trunk, REFERENCE: models.trunk(self.reference)}
         return last_hidden(trunks[role], ids)
+
+    def checkpoint_blocks(self) -> None:
+        for model in (self.base, self.critic_trunk):
+            if model is not None:
+                checkpoint_blocks(model)
 
     @property
     def critic_role(self) -> str:

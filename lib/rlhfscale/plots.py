@@ -16,7 +16,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 from matplotlib.transforms import ScaledTranslation
 
 from rlhfscale.evals.best_of_n import kl_bound_nats
@@ -301,6 +301,42 @@ def training_curves(metrics: pd.DataFrame) -> Figure:
     return figure
 
 
+@_styled
+def live_run(runs: pd.DataFrame, summary: pd.DataFrame | None = None) -> Figure:
+    """Three panels of one run, also of one that still goes on: gold, proxy and KL by update.
+
+    Args:
+        runs: ``update``, ``metric`` (of which ``gold``, ``proxy`` and ``kl_nats`` are drawn), ``value``; rows without
+            an update are left out. Dots are updates, lines their running mean over five.
+        summary: the common columns and ``stage``; quantity ``sampled_exact`` (sft | ppo) for the caption.
+    """
+    updates = runs.dropna(subset="update").pivot_table(index="update", columns="metric", values="value")
+    caption = "Dots: updates of one run; lines: mean over five updates."
+    if summary is not None:
+        texts = {}
+        for stage in ("sft", "ppo"):
+            row = _rows(summary, "sampled_exact", stage=stage).iloc[0]
+            texts[stage] = f"{row.estimate:.3f} [{row.ci_low:.3f}, {row.ci_high:.3f}]"
+        caption += (
+            f" Exactly right on {row.num_prompts} held-out prompts: {texts['sft']} before, {texts['ppo']} after"
+            f" (95% intervals, {row.ci_method})."
+        )
+    figure, axes, _ = _figure(1, 3, 1.9, caption)
+    panels = {
+        "gold": ("gold", "verifier's reward", CATEGORIES[2]),
+        "proxy": ("proxy", "reward model's score (s.d.)", CATEGORIES[1]),
+        "kl_nats": ("KL to reference", "nats for each response", CATEGORIES[0]),
+    }
+    for axis, (metric, (title, unit, color)) in zip(axes, panels.items(), strict=True):
+        values = updates[metric]
+        axis.scatter(values.index, values, s=7, color=[color], alpha=0.45, linewidths=0)
+        axis.plot(values.rolling(5, min_periods=1, center=True).mean(), color=color, linewidth=1.8)
+        axis.set(title=title, ylabel=unit, xlabel="update")
+        axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    axes[2].set_ylim(bottom=min(0.0, updates["kl_nats"].min()))
+    return figure
+
+
 def _figure(rows: int, columns: int, height: float, caption: str):
     """A figure with its axes and caption, and a function that draws a shared legend between the two."""
     text = "\n".join(textwrap.wrap(caption, 96))
@@ -388,3 +424,24 @@ def _caption(summary: pd.DataFrame, marks: str) -> str:
 def _range(counts: pd.Series) -> str:
     low, high = int(counts.min()), int(counts.max())
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+@_styled
+def throughput(summary: pd.DataFrame) -> Figure:
+    """How much faster each benchmark case is than its peer, with its interval; and its share of the peer's memory.
+
+    Args:
+        summary: ``case``, ``speed_ratio``, ``ci_low``, ``ci_high``, ``memory_ratio``.
+    """
+    picture = Picture(figsize=(7.5, 0.9 + 0.42 * len(summary)), layout="constrained")
+    speed, memory = picture.subplots(1, 2, sharey=True)
+    place = np.arange(len(summary))[::-1]
+    error = [summary.speed_ratio - summary.ci_low, summary.ci_high - summary.speed_ratio]
+    speed.barh(place, summary.speed_ratio, xerr=error, color="C0", height=0.6, capsize=3)
+    speed.axvline(1, color="0.4", linewidth=1)
+    speed.set_xlabel("times as fast as the peer")
+    speed.set_yticks(place, summary.case)
+    memory.barh(place, summary.memory_ratio, color="C1", height=0.6)
+    memory.axvline(1, color="0.4", linewidth=1)
+    memory.set_xlabel("peak memory, of the peer's")
+    return picture

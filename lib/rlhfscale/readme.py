@@ -1,13 +1,15 @@
-"""The README's table of figures, from results/: ``python -m rlhfscale.readme`` refreshes it, a test compares."""
+"""The README's tables, from results/: ``python -m rlhfscale.readme`` refreshes them, a test compares."""
 
 import json
+
+import pandas as pd
 
 from rlhfscale import figures  # noqa: F401  registers the figures
 from rlhfscale.params import FIGURES
 from rlhfscale.paths import project_root
 
 TIER = "laptop"
-START, END = "<!-- table: figures (make readme writes it from results/) -->", "<!-- end -->"
+END = "<!-- end -->"
 
 
 def figure_table() -> str:
@@ -34,18 +36,34 @@ def figure_table() -> str:
 
 
 def _conditions(folder) -> str:
-    """How many of the test bed's conditions are met."""
+    """How many of the test bed's conditions are met; a dash for a figure that has none."""
+    if not (folder / "conditions.csv").is_file():
+        return "-"
     met = [line.rsplit(",", 1)[1] == "True" for line in (folder / "conditions.csv").read_text().splitlines()[1:]]
     return f"{sum(met)} of {len(met)} conditions met"
 
 
+def speed_table() -> str:
+    """A Markdown table of the benchmark."""
+    from rlhfscale.bench import report
+
+    file = project_root() / "results" / TIER / report.NAME / "summary.csv"
+    return report.markdown(pd.read_csv(file)) if file.is_file() else f"Not measured yet: `{report.COMMAND}`."
+
+
+TABLES = {"figures": figure_table, "speed": speed_table}
+
+
 def updated(text: str) -> str:
-    """The README with its table made anew. ValueError where the markers are missing."""
-    head, _, rest = text.partition(START)
-    _, end, tail = rest.partition(END)
-    if not end:
-        raise ValueError(f"README.md lacks the markers {START} and {END}")
-    return f"{head}{START}\n{figure_table()}\n{END}{tail}"
+    """The README with its tables made anew. ValueError where a table's markers are missing."""
+    for name, table in TABLES.items():
+        start = f"<!-- table: {name} (make readme writes it from results/) -->"
+        head, _, rest = text.partition(start)
+        _, end, tail = rest.partition(END)
+        if not end:
+            raise ValueError(f"README.md lacks the markers {start} and {END}")
+        text = f"{head}{start}\n{table()}\n{END}{tail}"
+    return text
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from rlhfscale import ladder, tasks
 from rlhfscale.data.demonstrations import demonstration_nats, held_out_documents
 from rlhfscale.data.responses import Responses
 from rlhfscale.evals import best_of_n as bon
-from rlhfscale.figures import BestOfN, PolicySize, StudyFigure, TestBed
+from rlhfscale.figures import BestOfN, PolicySize, RecipeFigure, StudyFigure, TestBed, Walkthrough
 from rlhfscale.params import load as load_params
 from rlhfscale.results import ResultsFolder, summary_row
 from rlhfscale.spec import Spec
@@ -54,12 +54,12 @@ class Tables:
     extra: dict[str, pd.DataFrame] = field(default_factory=dict)
 
 
-def save(P: StudyFigure, tables: Tables, pictures: Mapping[str, "Figure"], folders: Folders, wall_s: float) -> Path:
+def save(P: RecipeFigure, tables: Tables, pictures: Mapping[str, "Figure"], folders: Folders, wall_s: float) -> Path:
     """Write everything of a figure to results/<tier>/<figure>/ and return that folder.
 
     Args:
         P: the figure's parameters; their recipe names the tier.
-        tables: what `policy_size`, `best_of_n` or `test_bed` returned.
+        tables: what `policy_size`, `best_of_n`, `test_bed` or `walkthrough` returned.
         pictures: matplotlib figures by file name without suffix.
         folders: artifact folders by spec.
         wall_s: seconds that the notebook took, for the manifest.
@@ -86,14 +86,14 @@ def save(P: StudyFigure, tables: Tables, pictures: Mapping[str, "Figure"], folde
     return folder.path
 
 
-def command(P: StudyFigure) -> str:
+def command(P: RecipeFigure) -> str:
     """What makes a figure with these parameters."""
     if _tier(P) == CUSTOM:
         return f"notebooks/{P.figure}.ipynb with the parameters in manifest.json"
     return f"make figures TIER={P.recipe} FIGURE={P.figure}"
 
 
-def _tier(P: StudyFigure) -> str:
+def _tier(P: RecipeFigure) -> str:
     """The tier whose file holds just these parameters, else CUSTOM: playing must not overwrite a tier's results."""
     return P.recipe if load_params(P.figure, P.recipe) == P else CUSTOM
 
@@ -398,6 +398,31 @@ def training_metrics(P: PolicySize, folders: Folders) -> pd.DataFrame:
                 table.rename(columns={"response_tokens": "response_length", "finished": "eos_share"}).assign(**about)
             )
     return pd.concat(tables, ignore_index=True)
+
+
+def walkthrough(P: Walkthrough, folders: Folders, metrics: pd.DataFrame, after: Responses) -> Tables:
+    """The live run's metrics update by update, and accuracy on held-out prompts before and after it.
+
+    Args:
+        metrics: what the trainer returned, with ``gold`` and ``exact``.
+        after: the trained policy's responses to the prompts of ``P.before``.
+    """
+    live = f"live-{P.hash}"  # no artifact: the run is made anew each time
+    about = {"figure": P.figure, "command": command(P), "rung": P.rung, "num_params": ladder.rung(P.rung).num_params}
+    runs = [metrics.melt("update", var_name="metric").assign(node=live, num_prompts=P.prompts_per_update)]
+    summary, prompts, exact = [], [], {}
+    for stage, node, responses in (("sft", P.before.key, _responses(folders, P.before)), ("ppo", live, after)):
+        exact[stage] = responses.exact.mean(1)
+        row = {"metric": "sampled_exact", "value": exact[stage].mean(), "node": node, "stage": stage}
+        runs.append(pd.DataFrame([row | {"num_prompts": responses.num_prompts}]))
+        per_prompt = {"node": node, "seed": P.seed, "metric": "sampled_exact", "value": exact[stage], "stage": stage}
+        prompts.append(pd.DataFrame(per_prompt).rename_axis("prompt_id").reset_index())
+        interval = bootstrap(exact[stage], np.mean, unit="prompt", rng=_rng(), on="means")
+        summary.append(summary_row("sampled_exact", interval, stage=stage))
+    gain = bootstrap(exact["ppo"] - exact["sft"], np.mean, unit="prompt", rng=_rng(), on="means")
+    summary.append(summary_row("gain", gain))
+    table = pd.concat(runs, ignore_index=True).assign(seed=P.seed, **about)
+    return Tables(table, pd.DataFrame(summary), pd.concat(prompts))
 
 
 class _Runs:

@@ -86,8 +86,8 @@ class Learner:
         state = state | {"model": self.networks.fingerprint}
         (temporary / STATE).write_text(json.dumps(state, indent=1, allow_nan=False) + "\n")
         old = folder.with_name(folder.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
+        if folder.exists():  # if not, a kill has left the old one alone
+            shutil.rmtree(old, ignore_errors=True)
             folder.rename(old)
         temporary.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
@@ -103,8 +103,8 @@ class Learner:
         for name, value in (expected | {"model": self.networks.fingerprint}).items():
             if state.get(name) != value:
                 raise CheckpointError(
-                    f"{folder}: its {name} is {state.get(name)!r}, this run's is {value!r}; resume with what it was made"
-                    " with, or choose another folder"
+                    f"{folder}: its {name} is {state.get(name)!r}, this run's is {value!r}; resume with what it was"
+                    " made with, or choose another folder"
                 )
         self.networks.load(folder)
         moments: dict[int, dict[str, torch.Tensor]] = {}

@@ -160,8 +160,10 @@ class Trainer:
                 for name, value in records[-1].items():
                     writer.add_scalar(f"{self.algorithm}/{name}", value, update)
             if folder and ((update + 1) % checkpoint_every == 0 or update + 1 == num_updates):
+                temporary = folder / (METRICS + ".tmp")
+                pd.DataFrame(records).to_csv(temporary, index=False)
+                temporary.replace(folder / METRICS)  # before the checkpoint: rows that are ahead of it are dropped
                 self.save(folder / CHECKPOINT)
-                pd.DataFrame(records).to_csv(folder / METRICS, index=False)
         if writer:
             writer.close()
         return pd.DataFrame(records)

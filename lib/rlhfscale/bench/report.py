@@ -1,0 +1,109 @@
+"""The benchmark's tables and figure: results/TIER/90_throughput, from the rows that `run.timed` returns."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from rlhfscale import plots
+from rlhfscale.paths import project_root
+
+NAME = "90_throughput"
+COMMAND = "make bench"
+
+
+def save(rows: Sequence[dict[str, Any]], folder: Path) -> None:
+    """Write rows.json, and runs.csv and summary.csv made from it; rows of other cases that are there stay."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "rows.json"
+    kept = {row["case"]: row for row in (json.loads(file.read_text()) if file.exists() else [])}
+    kept |= {row["case"]: row for row in rows}
+    file.write_text(json.dumps(list(kept.values()), indent=1) + "\n")
+    runs(list(kept.values())).to_csv(folder / "runs.csv", index=False)
+    summary(list(kept.values())).to_csv(folder / "summary.csv", index=False)
+
+
+def load(folder: Path) -> list[dict[str, Any]]:
+    """The saved rows. Raises FileNotFoundError that says how to make them."""
+    file = folder / "rows.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no benchmark yet; make it with: {COMMAND}")
+    return json.loads(file.read_text())
+
+
+def execute_notebook(folder: Path) -> None:
+    """Execute the notebook on the tables of ``folder`` and keep it there."""
+    import papermill
+
+    source = project_root() / "notebooks" / f"{NAME}.ipynb"
+    papermill.execute_notebook(
+        source, folder / "notebook.ipynb", {"folder": _relative(folder)}, kernel_name="python3", progress_bar=False
+    )
+
+
+def runs(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """One row for each case, side and round: wall and CPU seconds."""
+    return pd.DataFrame(
+        {"case": row["case"], "side": row[side]["name"], "round": number, "seconds": wall, "cpu_seconds": cpu}
+        for row in rows
+        for side in ("ours", "peer")
+        for number, (wall, cpu) in enumerate(
+            zip(row[side]["seconds_by_round"], row[side]["cpu_seconds_by_round"], strict=True)
+        )
+    )
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """One row for each case: seconds, the ratio with its interval, memory, and the share of the product peak."""
+    return pd.DataFrame(
+        {
+            "case": row["case"],
+            "peer": row["peer"]["name"],
+            "ours_s": row["ours"]["seconds"],
+            "peer_s": row["peer"]["seconds"],
+            "speed_ratio": row["ratio"],
+            "ci_low": row["ci_low"],
+            "ci_high": row["ci_high"],
+            "ci_method": row["ci_method"],
+            "num_rounds": len(row["ratios"]),
+            "ours_dtype": row["ours"]["dtype"],
+            "peer_dtype": row["peer"]["dtype"],
+            "ours_peak_mib": row["ours"]["peak_rss_mib"],
+            "peer_peak_mib": row["peer"]["peak_rss_mib"],
+            "memory_ratio": row["ours"]["peak_rss_mib"] / row["peer"]["peak_rss_mib"],
+            "ours_share_of_peak": row["ours"]["share_of_matmul_peak"],
+            "peer_share_of_peak": row["peer"]["share_of_matmul_peak"],
+            "threads": row["threads"],
+            "command": COMMAND,
+        }
+        for row in rows
+    )
+
+
+def figure(table: pd.DataFrame) -> Figure:
+    """The ratio of each case with its interval, and both sides' memory; from `summary`."""
+    return plots.throughput(table)
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """The README's table."""
+    lines = [
+        "| case | peer | ours, s | peer, s | times as fast | memory, of the peer's | share of peak, ours / peer |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in table.itertuples():
+        lines.append(
+            f"| {row.case} | {row.peer} ({row.peer_dtype}) | {row.ours_s:.3g} ({row.ours_dtype}) | {row.peer_s:.3g} |"
+            f" **{row.speed_ratio:.2f}** [{row.ci_low:.2f}, {row.ci_high:.2f}] | {row.memory_ratio:.2f} |"
+            f" {row.ours_share_of_peak:.2f} / {row.peer_share_of_peak:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def _relative(folder: Path) -> str:
+    """The folder below the project, where it is there: the executed notebook records it, and is committed."""
+    root = project_root()
+    return str(folder.relative_to(root)) if folder.is_relative_to(root) else str(folder)

@@ -1,0 +1,137 @@
+"""Short runs of each kind: precisions, rewards and options, each of which must raise its reward."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaForSequenceClassification
+
+import tiny
+import tiny_rewards
+import tiny_rl
+from rlhfscale import models, rewards
+from rlhfscale.data.demonstrations import token_ids
+from rlhfscale.rl import GRPO, PPO, RLOO
+
+ALGORITHMS = [PPO, GRPO, RLOO]
+FAST = {"policy_lr": 1e-2, "kl_coefficient": 0.01, "missing_eos_penalty": 0.0}
+
+
+def rises(run, updates=10):
+    """Whether the mean reward of the last updates is above that of the first by half its spread over responses."""
+    records = tiny_rl.updates(run, updates)
+    assert all(np.isfinite(list(record.values())).all() for record in records)
+    first, last = (np.mean([record["proxy"] for record in part]) for part in (records[:2], records[-2:]))
+    assert records[-1]["kl_nats"] > 0.05
+    return last > first + 0.5 * records[0]["proxy_std"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A base whose matrices are whole blocks of 64, for the study's tokenizer."""
+    path = tmp_path_factory.mktemp("base")
+    changes = {"vocab_size": 56, "hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 2}
+    tiny_rl.language_model(scale=3.0, **changes).save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "nf4"])
+def test_a_base_in_each_precision(algorithm, dtype, folder):
+    if dtype == "nf4":
+        pytest.importorskip("bitsandbytes", reason="NF4 needs bitsandbytes")
+    base = models.load_base(folder, dtype)
+    frozen = {name: parameter.clone() for name, parameter in base.named_parameters()}
+    run = tiny_rl.trainer(algorithm, base=base, **FAST)
+    assert rises(run)
+    for name, parameter in run.networks.base.named_parameters():
+        assert ".lora_" in name or torch.equal(parameter, frozen[name.replace(".base_layer", "")])
+
+
+OPTIONS = {
+    "bfloat16 layers": {"compute_dtype": "bf16"},
+    "checkpointing": {"gradient_checkpointing": True},
+    "two adapters": {"critic": "separate", "gradient_checkpointing": True},
+    "some layers": {"lora_targets": ("q_proj", "v_proj"), "policy_lr": 2e-2},
+    "small passes": {"max_tokens_per_pass": 64},
+    "bonus": {"entropy_coefficient": 0.01},
+    "all weights": {"adapter": "none", "gradient_checkpointing": True, "policy_lr": 3e-3},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_ppo_with_each_option(options):
+    assert rises(tiny_rl.trainer(**FAST | OPTIONS[options]))
+
+
+@pytest.mark.parametrize("kind", ["GPT2", "Gemma", "Phi"])
+def test_other_architectures(kind):
+    changes = {"vocab_size": 56, "max_position_embeddings": 64} | ({"head_dim": 8} if kind == "Gemma" else {})
+    assert rises(tiny_rl.trainer(base=tiny_rl.language_model(kind, scale=3.0, **changes), **FAST))
+
+
+# --- rewards ---
+
+
+def verifier(prompts, responses):
+    """Texts in, numbers out."""
+    return [response.split().count("a") / (1 + len(response.split())) for response in responses]
+
+
+def scorer(seed=0):
+    """A sequence classifier of the study's tokens."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = LlamaForSequenceClassification(tiny_rewards_config())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(6.0 if parameter.ndim == 2 else 1.0)
+    return tiny_rewards.random_head(model)
+
+
+def tiny_rewards_config():
+    from transformers import LlamaConfig
+
+    return LlamaConfig(**tiny_rewards.LLAMA_LIKE)
+
+
+def outcome():
+    return rewards.OutcomeRewardModel(scorer(), models.build_tokenizer())
+
+
+def other_tokenizer():
+    tokenizer = tiny_rewards.byte_tokenizer()
+    return rewards.OutcomeRewardModel(tiny_rewards.byte_scorer(tokenizer), tokenizer)
+
+
+def process():
+    return rewards.ProcessRewardModel(scorer(), models.build_tokenizer(), [token_ids()["a"]], "last")
+
+
+REWARDS = {
+    "verifier": lambda: verifier,
+    "outcome": outcome,
+    "other tokenizer": other_tokenizer,
+    "process": process,
+    "mixed": lambda: rewards.Mixed([(2.0, verifier), (0.5, outcome())]),
+}
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("kind", REWARDS)
+def test_each_kind_of_reward(algorithm, kind):
+    reward = REWARDS[kind]()
+    options = {"whiten_rewards": True} if algorithm is PPO else {}
+    model = getattr(reward, "model", None)
+    before = tiny.weights(model) if model is not None else {}
+    run = tiny_rl.trainer(algorithm, reward=reward, **FAST | options)
+    assert rises(run)
+    assert model is None or tiny.equal(tiny.weights(model), before)  # a reward model is not trained
+
+
+def test_what_is_logged_is_what_the_reward_says():
+    reward = tiny_rl.ByIds(lambda ids, prompts, lengths: verifier(None, tokenizer.batch_decode(ids)))
+    tokenizer = models.build_tokenizer()
+    run = tiny_rl.trainer(reward=reward, missing_eos_penalty=0.0)
+    record = tiny_rl.updates(run, 1)[0]
+    (sequences,) = reward.asked
+    assert record["proxy"] == pytest.approx(np.mean(verifier(None, tokenizer.batch_decode(sequences.ids))), rel=1e-5)
