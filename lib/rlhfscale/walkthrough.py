@@ -186,14 +186,14 @@ def kl_estimators() -> plots.Picture:
     left.set(xlabel="$\\log\\pi - \\log\\pi_\\mathrm{ref}$ of the token", ylabel="nats", title="one token")
     left.legend(loc="lower right")
     policy, reference = torch.tensor([0.6, 0.3, 0.1]).double(), torch.tensor([0.3, 0.3, 0.4]).double()
-    exact = (policy * (policy / reference).log()).sum()
+    exact = (policy * (policy / reference).log()).sum().item()
     for place, (name, (color, _)) in enumerate(styles.items()):
         mean = (policy * kl_terms(policy.log(), reference.log(), name)).sum()
-        right.bar(place, mean, color=color, width=0.6)
+        right.bar(place, mean.item(), color=color, width=0.6)
     right.axhline(exact, color="0.2", linestyle=":", linewidth=1.2)
     right.text(2.45, exact * 1.02, "exact KL", ha="right", va="bottom", fontsize=7)
     right.set_xticks(range(3), [f"$k_{name[1]}$" for name in styles])
-    right.set(title="mean over the policy's tokens", ylabel="nats", ylim=(0, 1.25 * float(exact)))
+    right.set(title="mean over the policy's tokens", ylabel="nats", ylim=(0, 1.25 * exact))
     return picture
 
 
@@ -274,8 +274,8 @@ def repeated_steps(
     before = torch.softmax(torch.tensor(logits, dtype=torch.float64), 0)
     after = before * paths["clipped"][1]
     place = np.arange(len(tokens))
-    left.bar(place - 0.2, before, 0.4, color="0.7", label="before")
-    left.bar(place + 0.2, after, 0.4, color=BLUE, label="after one step")
+    left.bar(place - 0.2, before.tolist(), 0.4, color="0.7", label="before")
+    left.bar(place + 0.2, after.tolist(), 0.4, color=BLUE, label="after one step")
     left.set_xticks(place, tokens)
     left.set(title="probabilities", ylabel="$\\pi_\\theta$", ylim=(0, 0.8))
     left.legend()
