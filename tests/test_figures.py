@@ -194,7 +194,6 @@ def test_no_pickle_and_no_eval_in_the_library():
 def test_the_readme_example_trains_a_model(tmp_path, monkeypatch):
     """As printed, but for the model's name, the number of updates, and the folder it writes to."""
     import tiny
-
     from rlhfscale import models
 
     models.save_model(tiny.model(), tmp_path / "model")

@@ -97,9 +97,7 @@ def test_float32_equals_peft(kind, targets):
         assert relative(found[mask], expected[mask]) < 3e-6
         logits = torch.log_softmax(exact.base_model.model.lm_head(expected[mask]), -1)
         logprobs, _ = token_logprobs(found[mask], ours.output_head(role), ids[mask], 1.0)
-        torch.testing.assert_close(
-            logprobs, logits.gather(1, ids[mask][:, None])[:, 0].float(), rtol=1e-5, atol=3e-5
-        )
+        torch.testing.assert_close(logprobs, logits.gather(1, ids[mask][:, None])[:, 0].float(), rtol=1e-5, atol=3e-5)
         assert grads.keys() == wanted.keys() and all(f".{role}." in name for name in grads)
         for name in grads:
             assert relative(grads[name], wanted[name]) < 2e-5, name
@@ -112,9 +110,7 @@ def test_float32_equals_peft(kind, targets):
 def test_both_branches_of_the_gradient_equal_peft(rank, width, monkeypatch):
     """Through the weight's gradient (narrow layers, high ranks), or by low-rank products (wide layers, low ranks)."""
     taken, cheaper = set(), lora.Projection._dense_is_cheaper
-    monkeypatch.setattr(
-        lora.Projection, "_dense_is_cheaper", lambda *a: [r := cheaper(*a), taken.add(r)][0]
-    )
+    monkeypatch.setattr(lora.Projection, "_dense_is_cheaper", lambda *a: [r := cheaper(*a), taken.add(r)][0])
     ours, exact, _ = pair(language_model(hidden_size=width, intermediate_size=2 * width), rank)
     ids, mask, slope = batch(width=width)
     (found, grads), (expected, wanted) = of_ours(ours, ids, POLICY, slope), of_peft(exact, ids, POLICY, slope)

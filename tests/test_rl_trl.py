@@ -53,8 +53,8 @@ def theirs(run, kind, completions, folder, **options):
         gradient_accumulation_steps=1, steps_per_generation=1, disable_dropout=True, **options,
     )  # fmt: skip
     trainer = getattr(trl, f"{kind}Trainer")(
-        model=base, args=config, processing_class=tokenizer, train_dataset=datasets.Dataset.from_dict({"prompt": texts}),
-        reward_funcs=lambda completions, **_: scores, peft_config=models.lora_config(4, 8.0),
+        model=base, args=config, processing_class=tokenizer, reward_funcs=lambda completions, **_: scores,
+        train_dataset=datasets.Dataset.from_dict({"prompt": texts}), peft_config=models.lora_config(4, 8.0),
     )  # fmt: skip
     trainer.current_gradient_accumulation_steps = 1
     copy_adapter(run, trainer.model)
