@@ -208,7 +208,8 @@ def token_bars(responses: Sequence[str], bars: dict[str, Rows | torch.Tensor]) -
             place = np.arange(len(tokens)) + (kind - (len(bars) - 1) / 2) * width
             heights = [float(value) for value in rows[index][: len(tokens)]]
             drawn = axis.bar(place, heights, width, color=colors[kind], label=name)
-            axis.bar_label(drawn, [f"{height:.2f}" if height else "" for height in heights], fontsize=6, padding=1)
+            if len(bars) == 1:  # side by side there is no room for numbers
+                axis.bar_label(drawn, [f"{height:.3g}" if height else "" for height in heights], fontsize=6, padding=1)
         axis.axhline(0, color="0.4", linewidth=0.8)
         axis.set_xticks(range(len(tokens)), tokens)
         axis.set_xlim(-0.6, 4.6)

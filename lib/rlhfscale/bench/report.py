@@ -1,5 +1,6 @@
 """The benchmark's tables and figure: results/TIER/90_throughput, from the rows that `run.timed` returns."""
 
+import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,10 +39,15 @@ def execute_notebook(folder: Path) -> None:
     """Execute the notebook on the tables of ``folder`` and keep it there."""
     import papermill
 
-    source = project_root() / "notebooks" / f"{NAME}.ipynb"
-    papermill.execute_notebook(
-        source, folder / "notebook.ipynb", {"folder": _relative(folder)}, kernel_name="python3", progress_bar=False
-    )
+    with contextlib.chdir(project_root()):  # relative paths: the executed notebook records them, and is committed
+        target = _relative(folder)
+        papermill.execute_notebook(
+            f"notebooks/{NAME}.ipynb",
+            f"{target}/notebook.ipynb",
+            {"folder": target},
+            kernel_name="python3",
+            progress_bar=False,
+        )
 
 
 def runs(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
@@ -104,6 +110,6 @@ def markdown(table: pd.DataFrame) -> str:
 
 
 def _relative(folder: Path) -> str:
-    """The folder below the project, where it is there: the executed notebook records it, and is committed."""
+    """The folder below the project, where it is there."""
     root = project_root()
     return str(folder.relative_to(root)) if folder.is_relative_to(root) else str(folder)
