@@ -216,7 +216,7 @@ def test_a_kill_at_any_moment_of_saving_leaves_a_checkpoint(tmp_path, monkeypatc
     assert 25 < killed_twice < 144 and done == 2  # the last of them were not killed at all
 
 
-@pytest.mark.parametrize("at", range(0, 14, 2))
+@pytest.mark.parametrize("at", [0, 1, 2, 5, 9])
 def test_a_kill_while_a_run_saves_costs_no_row_of_the_metrics(at, unbroken, tmp_path, monkeypatch):
     whole, folder, _ = unbroken("ppo")
     train(new(), tmp_path, updates=EVERY)

@@ -60,7 +60,7 @@ OPTIONS = {
     "two adapters": {"critic": "separate", "gradient_checkpointing": True},
     "some layers": {"lora_targets": ("q_proj", "v_proj"), "policy_lr": 2e-2},
     "bonus": {"entropy_coefficient": 0.01},
-    "all weights": {"adapter": "none", "gradient_checkpointing": True, "policy_lr": 6e-3},
+    "all weights": {"adapter": "none", "gradient_checkpointing": True, "policy_lr": 1e-2},
 }
 
 
