@@ -292,10 +292,29 @@ def test_checkpointing_keeps_less_for_the_backward_pass(base):
     assert kept[1] < 0.5 * kept[0]
 
 
-@pytest.mark.parametrize("algorithm", [PPO, GRPO])
-def test_a_checkpointed_run_is_the_same_run(algorithm):
-    runs = [tiny_rl.trainer(algorithm, gradient_checkpointing=on, policy_lr=1e-3) for on in (False, True)]
-    records = [tiny_rl.updates(run, 2) for run in runs]
+SAMPLED = {"vocab_size": 56, "max_position_embeddings": 64}
+CHECKPOINTED = {
+    "fused": (PPO, {}),
+    "separate critic": (PPO, {"critic": "separate"}),
+    "grpo": (GRPO, {}),
+    "all weights": (PPO, {"adapter": "none", "critic": "separate", "policy_lr": 1e-4}),
+    "other": (PPO, {"base": lambda: language_model("Gemma", head_dim=8, **SAMPLED)}),
+    "dropout": (
+        PPO,
+        {"base": lambda: language_model("OPT", ffn_dim=48, word_embed_proj_dim=32, dropout=0.5, **SAMPLED)},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTED)
+def test_a_checkpointed_run_is_the_same_run(kind):
+    """It samples the same, with its key-value cache, and without dropout."""
+    (algorithm, options), records = CHECKPOINTED[kind], []
+    for on in (False, True):
+        made = {name: value() if callable(value) else value for name, value in options.items()}
+        run = tiny_rl.trainer(algorithm, gradient_checkpointing=on, **{"policy_lr": 1e-3} | made)
+        records.append(tiny_rl.updates(run, 2))
+        assert all(record["sampler_gap_nats"] < 1e-3 for record in records[-1])
     for ours, theirs in zip(*records, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
 

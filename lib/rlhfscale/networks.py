@@ -133,25 +133,29 @@ def keep_freed_memory() -> None:
 
 
 def checkpoint_blocks(model: PreTrainedModel, switch: lora.Switch | None = None) -> None:
-    """Turn on gradient checkpointing without turning on dropout: only the blocks themselves are in training mode.
+    """Let each decoder block keep only its input for the backward pass, and compute the rest again there.
 
-    Blocks are computed again in the backward pass, when the forward pass's adapter is no longer set: it is set again.
+    transformers' own way works in training mode alone, which turns dropout on and drops the key-value cache that sampling
+    needs. Here blocks are wrapped, and nothing changes where no gradient is asked for.
+
+    Args:
+        switch: of the fused layers. In the backward pass the forward pass's adapter is no longer set: it is set again.
     """
-
-    def run(block: Callable, *inputs: torch.Tensor) -> torch.Tensor:
-        name = switch.adapter if switch else None
-
-        def under_its_adapter(*inputs):
-            with lora.adapter(switch, name) if switch else contextlib.nullcontext():
-                return block(*inputs)
-
-        return checkpoint(under_its_adapter, *inputs, use_reentrant=False)
-
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
-            module.training = True
-            module._gradient_checkpointing_func = run
+            module.forward = partial(_checkpointed, module.forward, switch)
+
+
+def _checkpointed(forward: Callable, switch: lora.Switch | None, *inputs, **options):
+    if not torch.is_grad_enabled():
+        return forward(*inputs, **options)
+    context = partial(lora.adapter, switch, switch.adapter) if switch and switch.fused else contextlib.nullcontext
+
+    def under_its_adapter(*inputs, **options):
+        with context():
+            return forward(*inputs, **options)
+
+    return checkpoint(under_its_adapter, *inputs, use_reentrant=False, **options)
 
 
 @dataclass(frozen=True)
