@@ -135,8 +135,8 @@ def keep_freed_memory() -> None:
 def checkpoint_blocks(model: PreTrainedModel, switch: lora.Switch | None = None) -> None:
     """Let each decoder block keep only its input for the backward pass, and compute the rest again there.
 
-    transformers' own way works in training mode alone, which turns dropout on and drops the key-value cache that sampling
-    needs. Here blocks are wrapped, and nothing changes where no gradient is asked for.
+    transformers' own way works in training mode alone, which turns dropout on and drops the key-value cache that
+    sampling needs. Here blocks are wrapped, and nothing changes where no gradient is asked for.
 
     Args:
         switch: of the fused layers. In the backward pass the forward pass's adapter is no longer set: it is set again.

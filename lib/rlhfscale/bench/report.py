@@ -115,7 +115,8 @@ def markdown(table: pd.DataFrame) -> str:
     for row in table.itertuples():
         lines.append(
             f"| {row.case} | {row.peer} ({row.peer_dtype}) | {row.ours_s:.3g} ({row.ours_dtype}) | {row.peer_s:.3g} |"
-            f" **{row.speed_ratio:.2f}** [{row.ci_low:.2f}, {row.ci_high:.2f}] | {row.num_rounds} | {row.memory_ratio:.2f} |"
+            f" **{row.speed_ratio:.2f}** [{row.ci_low:.2f}, {row.ci_high:.2f}] | {row.num_rounds} |"
+            f" {row.memory_ratio:.2f} |"
             f" {row.ours_share_of_peak:.2f} / {row.peer_share_of_peak:.2f} |"
         )
     return "\n".join(lines)
