@@ -113,7 +113,7 @@ class PPO(Trainer):
         """Rewards at tokens, then advantages, whitened over response tokens, and returns."""
         config, scores = self.config, rollouts.scores
         if config.whiten_rewards:
-            spread = scores.std(correction=0)
+            spread = scores.std(correction=min(1, len(scores) - 1))
             scores = scores / spread if spread > 1e-4 else scores
         kl = kl_terms(rollouts.logprobs, rollouts.ref_logprobs, config.kl_estimator)
         rewards = token_rewards(rollouts, scores, kl, self.kl_coefficient)
