@@ -380,9 +380,7 @@ def test_metrics_equal_their_definitions(trained):
     assert metrics.explained_variance(batch) == pytest.approx(1 - np.var(r - v) / np.var(r), rel=1e-4)
 
 
-BY_LOSS = pytest.mark.xfail(strict=True, reason="GRPO averages what it logs of a step by the weights of its loss")
-WEIGHTED = [(PPO, {}), (GRPO, {"loss_weights": "token"})]
-WEIGHTED += [pytest.param(GRPO, {"loss_weights": scheme}, marks=BY_LOSS) for scheme in ("sequence", "constant")]
+WEIGHTED = [(PPO, {}), *((GRPO, {"loss_weights": scheme}) for scheme in ("token", "sequence", "constant"))]
 
 
 @pytest.mark.parametrize(("algorithm", "options"), WEIGHTED)

@@ -83,27 +83,32 @@ class GRPO(Trainer):
         config = self.config
         batch = rollouts if evaluated else rollouts[index]
         batch = replace(batch, weights=token_weights(batch.mask, config.loss_weights, config.max_new_tokens))
+        num_tokens = int(batch.mask.sum())
         with self.learner.step(self.run.num_updates) as record:
             parts = []
             for part in batch.passes(config.max_tokens_per_pass):
-                loss, terms = self.loss(part, evaluated or self._evaluate(part))
+                loss, terms = self.loss(part, evaluated or self._evaluate(part), num_tokens)
                 loss.backward()
                 parts.append(terms)
             record.update(summed(parts))
         return record
 
-    def loss(self, batch: Rollouts, now: Evaluation) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The loss of a part of a minibatch, and its terms: sums over tokens, weighted by ``batch.weights``."""
+    def loss(
+        self, batch: Rollouts, now: Evaluation, num_tokens: int
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss of a part of a minibatch, and its terms: the loss by ``batch.weights``, the rest as this part's
+        share of a mean over the minibatch's ``num_tokens`` response tokens."""
         ratio = torch.exp(now.logprobs - batch.logprobs)
         policy_loss, clipped = clipped_surrogate(ratio, batch.advantages, self.config.clip)
-        terms = {
-            "policy_loss": policy_loss + self.kl_coefficient * kl_terms(now.logprobs, batch.ref_logprobs, "k3"),
+        policy_loss = policy_loss + self.kl_coefficient * kl_terms(now.logprobs, batch.ref_logprobs, "k3")
+        policy_loss, entropy = ((batch.weights * term).sum() for term in (policy_loss, now.entropy))
+        observed = {
             "entropy_nats": now.entropy,
             "clip_fraction": clipped,
             "ratio_kl_nats": batch.logprobs - now.logprobs,
         }
-        terms = {name: (batch.weights * term).sum() for name, term in terms.items()}
-        return terms["policy_loss"] - self.config.entropy_coefficient * terms["entropy_nats"], terms
+        means = {name: (batch.mask * term).sum() / num_tokens for name, term in observed.items()}
+        return policy_loss - self.config.entropy_coefficient * entropy, {"policy_loss": policy_loss} | means
 
     def _evaluate(self, batch: Rollouts) -> Evaluation:
         entropy_gradient = self.config.entropy_coefficient > 0
