@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import set_peft_model_state_dict
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -186,6 +186,7 @@ class SharedBase(nn.Module):
 
     Attributes:
         model: the PeftModel; its plain forward pass is PEFT's own.
+        trained: names of the adapters that are trained and saved.
         value_head: reads values, or None without a critic.
     """
 
@@ -203,9 +204,8 @@ class SharedBase(nn.Module):
                 self.model.add_adapter(CRITIC, config)
         if isinstance(base.get_output_embeddings(), BaseTunerLayer):
             raise ValueError("lora_targets: the output head is shared with the reference and cannot be adapted")
-        # both adapters keep their gradients on: which of them gets one is decided by what was computed
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(".lora_" in name)
+        self.trained = list(self.model.peft_config)
+        self._require_gradients()
         self.critic = critic
         self.value_head = None if critic == "none" else ValueHead(base.config.hidden_size).to(base.device)
         # in this order: the layers' weights are moved together first, and only then looked at by each layer
@@ -235,6 +235,27 @@ class SharedBase(nn.Module):
             self._fused.checkpointing = True
         else:
             checkpoint_blocks(self.base, self.switch)
+
+    def _require_gradients(self) -> None:
+        """Of policy and critic at once: which of them gets one is decided by what was computed."""
+        names = tuple(f".{name}.weight" for name in self.trained)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(".lora_" in name and name.endswith(names))
+
+    def add_frozen(self, name: str, config: LoraConfig, weights: dict[str, torch.Tensor], source: Path) -> None:
+        """Put a further adapter on the base, not to be trained or saved, as a role for `hidden`.
+
+        Raises ValueError, naming ``source``, where the base is not of the adapter's shape or carries that name already.
+        """
+        if name in self.model.peft_config:
+            raise ValueError(f"{source}: the base carries an adapter {name!r} already")
+        self.model.add_adapter(name, config)
+        own = get_peft_model_state_dict(self.model, adapter_name=name, save_embedding_layers=False)
+        if {key: tensor.shape for key, tensor in own.items()} != {key: w.shape for key, w in weights.items()}:
+            self.model.delete_adapter(name)
+            raise ValueError(f"{source}: its adapter belongs to a base of another shape than the policy's")
+        set_peft_model_state_dict(self.model, weights, adapter_name=name)
+        self._require_gradients()
 
     @property
     def critic_role(self) -> str:
@@ -266,18 +287,17 @@ class SharedBase(nn.Module):
         try:
             yield self.model
         finally:
-            for name, parameter in self.model.named_parameters():
-                parameter.requires_grad_(".lora_" in name)
+            self._require_gradients()
 
     def save(self, folder: Path) -> None:
         """Write ``folder/policy`` and, if separate, ``folder/critic`` as plain PEFT folders, and the value head."""
         # no embedding is adapted; "auto", the default, may look the base's name up on the hub to find that out
-        self.model.save_pretrained(folder, save_embedding_layers=False)
+        self.model.save_pretrained(folder, selected_adapters=self.trained, save_embedding_layers=False)
         _save_head(self.value_head, folder)
 
     def load(self, folder: Path) -> None:
         """Read back what `save` wrote, into these networks."""
-        for adapter in self.model.peft_config:
+        for adapter in self.trained:
             weights = load_file(folder / adapter / "adapter_model.safetensors")
             set_peft_model_state_dict(self.model, weights, adapter_name=adapter)
         _load_head(self.value_head, folder)

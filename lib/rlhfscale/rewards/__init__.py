@@ -4,6 +4,7 @@ from rlhfscale.rewards.base import Ensemble, Mixed, Normalised, Reward, Shrunk, 
 from rlhfscale.rewards.labelled import Labelled, StepLabelled
 from rlhfscale.rewards.outcome import OutcomeRewardModel
 from rlhfscale.rewards.process import ProcessRewardModel
+from rlhfscale.rewards.shared import SharedReward
 
 __all__ = [
     "Ensemble",
@@ -13,6 +14,7 @@ __all__ = [
     "OutcomeRewardModel",
     "ProcessRewardModel",
     "Reward",
+    "SharedReward",
     "Shrunk",
     "StepLabelled",
     "TextReward",

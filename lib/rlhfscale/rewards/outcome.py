@@ -73,11 +73,20 @@ class OutcomeRewardModel(scorer.Scorer):
 def sequence_scores(
     model: scorer.Scored, sequences: Sequences, readout: str, tokens: int = scorer.TOKENS_PER_MICRO_BATCH
 ) -> torch.Tensor:
-    """float32 [sequence], differentiable; see `OutcomeRewardModel` for the readout and `scorer.read`."""
+    """float32 [sequence], differentiable; see `OutcomeRewardModel` for the readout and `scorer.read_head`."""
+    where = read_at(sequences, readout)
+    return by_sequence(scorer.read(model, sequences, where, tokens), where)
+
+
+def read_at(sequences: Sequences, readout: str) -> np.ndarray:
+    """bool [sequence, length]: where the score head is read."""
     position = np.arange(sequences.ids.shape[1])
     end = sequences.lengths[:, None]
-    where = (position >= (end - 1 if readout == "last" else sequences.prompt_lengths[:, None])) & (position < end)
-    read = scorer.read(model, sequences, where, tokens)
+    return (position >= (end - 1 if readout == "last" else sequences.prompt_lengths[:, None])) & (position < end)
+
+
+def by_sequence(read: torch.Tensor, where: np.ndarray) -> torch.Tensor:
+    """float32 [sequence]: what was read at those positions, summed."""
     by_token = read.new_zeros(where.shape)
     by_token[torch.from_numpy(where).to(read.device)] = read
     return by_token.sum(1)

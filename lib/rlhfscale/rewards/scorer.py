@@ -66,33 +66,48 @@ def micro_batches(lengths: np.ndarray, tokens: int) -> Iterator[np.ndarray]:
 
 
 def read(model: Scored, sequences: Sequences, where: np.ndarray, tokens: int) -> torch.Tensor:
-    """The score head at chosen positions, differentiable.
+    """A sequence classifier's score head at chosen positions; see `read_head`."""
+    trunk, head = trunk_and_head(model)
+    fused = _fused(model, trunk)
 
-    The trunk is called without attention mask: sequences are padded on the right and attention is causal, so no token
-    of a sequence sees padding, whatever the padding token is. The head runs on the chosen positions only.
+    def hidden(ids: torch.Tensor) -> torch.Tensor:
+        if fused:
+            return fused.hidden(ids, model.active_adapter)
+        return trunk(input_ids=ids, use_cache=False).last_hidden_state
+
+    return read_head(hidden, head, sequences, where, tokens)
+
+
+def read_head(
+    hidden: Callable[[torch.Tensor], torch.Tensor],
+    head: nn.Module,
+    sequences: Sequences,
+    where: np.ndarray,
+    tokens: int,
+) -> torch.Tensor:
+    """A score head at chosen positions, differentiable.
+
+    No attention mask is needed: sequences are padded on the right and attention is causal, so no token of a sequence
+    sees padding, whatever the padding token is. The head runs on the chosen positions only.
 
     Args:
+        hidden: ids [sequence, length] to last hidden states [sequence, length, width].
         where: bool [sequence, length], positions within the sequences.
         tokens: of a micro-batch, padding included. The result and its gradient do not depend on it.
 
     Returns:
         float32 [position], row by row.
     """
-    trunk, head = trunk_and_head(model)
-    parameter, fused = next(head.parameters()), _fused(model, trunk)
+    parameter = next(head.parameters())
     ids = np.where(np.arange(sequences.ids.shape[1]) < sequences.lengths[:, None], sequences.ids, 0)
     number = where.cumsum().reshape(where.shape) - 1
     scores, numbers = [], []
     for rows in micro_batches(sequences.lengths, tokens):
         width = int(sequences.lengths[rows].max())
-        batch = torch.from_numpy(ids[rows, :width]).to(parameter.device)
-        if fused:
-            hidden = fused.hidden(batch, model.active_adapter)
-        else:
-            hidden = trunk(input_ids=batch, use_cache=False).last_hidden_state
+        states = hidden(torch.from_numpy(ids[rows, :width]).to(parameter.device))
         chosen = where[rows, :width]
-        hidden = hidden[torch.from_numpy(chosen).to(hidden.device)]
-        scores.append(head(hidden.to(parameter.device, parameter.dtype)).squeeze(-1).float())
+        states = states[torch.from_numpy(chosen).to(states.device)]
+        scores.append(head(states.to(parameter.device, parameter.dtype)).squeeze(-1).float())
         numbers.append(number[rows, :width][chosen])
     back = torch.from_numpy(np.argsort(np.concatenate(numbers)))
     return torch.cat(scores)[back.to(parameter.device)]

@@ -43,6 +43,7 @@ class GRPO(Trainer):
         self.config = config = config or GRPOConfig()
         self.run = Run(tokenizer, reward, sampler, seed, config)
         self.networks = networks.build(model, critic="none", seed=seed, **network_options(config))
+        self.run.attach(self.networks)
         self.learner = Learner(self.networks, {POLICY: config.policy_lr}, **learner_options(config))
         self.kl_coefficient = config.kl_coefficient
 
@@ -93,9 +94,7 @@ class GRPO(Trainer):
             record.update(summed(parts))
         return record
 
-    def loss(
-        self, batch: Rollouts, now: Evaluation, num_tokens: int
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def loss(self, batch: Rollouts, now: Evaluation, num_tokens: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss of a part of a minibatch, and its terms: the loss by ``batch.weights``, the rest as this part's
         share of a mean over the minibatch's ``num_tokens`` response tokens."""
         ratio = torch.exp(now.logprobs - batch.logprobs)

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhfscale import models
 from rlhfscale.rewards.base import as_reward
+from rlhfscale.rewards.shared import attach
 from rlhfscale.rl import learner
 from rlhfscale.rl.config import Config
 from rlhfscale.rl.rollout import Prompt, Rollouts, collect, encode
@@ -46,6 +47,10 @@ class Run:
         self.tokenizer, self.reward, self.sampler = tokenizer, as_reward(reward), sampler
         self.seed, self.config = seed, config
         self.num_updates = 0
+
+    def attach(self, networks) -> None:
+        """Let rewards that share the networks' base be read on it."""
+        attach(self.reward, networks)
 
     def collect(self, networks, prompts: Sequence[Prompt]) -> tuple[Rollouts, Completions]:
         """Fresh roll-outs, the responses to one prompt in a row.

@@ -56,6 +56,7 @@ class PPO(Trainer):
         self.config = config = config or PPOConfig()
         self.run = Run(tokenizer, reward, sampler, seed, config)
         self.networks = networks.build(model, critic=config.critic, seed=seed, **network_options(config))
+        self.run.attach(self.networks)
         rates = {POLICY: config.policy_lr, CRITIC: config.critic_lr}
         self.learner = Learner(self.networks, rates, **learner_options(config))
         self.kl_coefficient = config.kl_coefficient

@@ -43,6 +43,7 @@ class RLOO(Trainer):
         self.config = config = config or RLOOConfig()
         self.run = Run(tokenizer, reward, sampler, seed, config)
         self.networks = networks.build(model, critic="none", seed=seed, **network_options(config))
+        self.run.attach(self.networks)
         self.learner = Learner(self.networks, {POLICY: config.policy_lr}, **learner_options(config))
         self.kl_coefficient = config.kl_coefficient
 

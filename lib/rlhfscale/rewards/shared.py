@@ -1,0 +1,105 @@
+"""A reward model without a model of its own: an adapter on the base that policy, reference and critic share."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftConfig
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoTokenizer
+
+from rlhfscale.models import REWARD
+from rlhfscale.rewards import scorer
+from rlhfscale.rewards.base import moments
+from rlhfscale.rewards.labelled import nonempty
+from rlhfscale.rewards.outcome import by_sequence, read_at
+from rlhfscale.sequences import Sequences
+
+
+class SharedReward:
+    """An outcome reward model whose adapter was trained on the policy's own base: the trainer that is given it reads
+    it on that base, so it costs the memory of its adapter. Scores equal those of `OutcomeRewardModel.load`.
+
+    Args:
+        folder: what `OutcomeRewardModel.save` wrote of a model with adapters.
+        tokens_per_micro_batch: tokens computed together, padding included; changes the speed only.
+
+    Attributes:
+        mean, std: of the scores over reference responses, as saved.
+
+    Raises:
+        ValueError: the folder holds no outcome reward model, or one without adapters.
+    """
+
+    def __init__(self, folder: str | Path, *, tokens_per_micro_batch: int = scorer.TOKENS_PER_MICRO_BATCH):
+        self.folder = folder = Path(folder)
+        about = json.loads((folder / "reward.json").read_text()) if (folder / "reward.json").exists() else {}
+        if "readout" not in about or not (folder / "adapter_config.json").exists():
+            raise ValueError(f"{folder} holds no outcome reward model with adapters (trained with merge=False)")
+        self.readout = about["readout"]
+        self.mean, self.std = moments(about["mean"], about["std"])
+        has_tokenizer = (folder / "tokenizer_config.json").exists()
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True) if has_tokenizer else None
+        self.tokens_per_micro_batch = tokens_per_micro_batch
+        self._networks: Any = None
+
+    def attach(self, networks: Any) -> None:
+        """Put adapter and head on the networks' base.
+
+        Raises:
+            ValueError: all weights are trained, so there is no frozen base; the base has another shape than the one
+                the adapter was trained on; or it carries another reward's adapter.
+        """
+        if not hasattr(networks, "add_frozen"):
+            raise ValueError("adapter: none moves the base under the reward's adapter; take OutcomeRewardModel.load")
+        weights = load_file(self.folder / "adapter_model.safetensors")
+        (head_name,) = (name for name in weights if name.endswith("score.weight"))
+        head = weights.pop(head_name).float()
+        config = PeftConfig.from_pretrained(self.folder)
+        config.modules_to_save, config.task_type = None, None
+        networks.add_frozen(REWARD, config, weights, self.folder)
+        self._head = nn.Linear(head.shape[1], 1, bias=False, device=networks.base.device).requires_grad_(False)
+        self._head.weight.copy_(head)
+        self._networks = networks
+
+    @torch.no_grad()
+    def score(self, sequences: Sequences) -> np.ndarray:
+        """Raw scores, float32 [sequence]; equal sequences are computed once.
+
+        Raises:
+            ValueError: an empty response, or tokens that are not the base's.
+            RuntimeError: not part of a trainer yet.
+        """
+        if self._networks is None:
+            raise RuntimeError("SharedReward: give it to a trainer first, whose base it is read on")
+        nonempty(sequences)
+        if None not in (self.tokenizer, sequences.tokenizer):
+            if not scorer.same_tokens(self.tokenizer, sequences.tokenizer):
+                raise ValueError(f"{self.folder}: its tokenizer is not the policy's; take OutcomeRewardModel.load")
+        first, inverse = scorer.distinct(sequences)
+        where = read_at(sequences[first], self.readout)
+        read = scorer.read_head(self._hidden, self._head, sequences[first], where, self.tokens_per_micro_batch)
+        return by_sequence(read, where).cpu().numpy()[inverse]
+
+    def _hidden(self, ids: torch.Tensor) -> torch.Tensor:
+        return self._networks.hidden(ids, REWARD)
+
+
+def attach(reward: Any, networks: Any) -> None:
+    """Attach every `SharedReward` that a reward is made of."""
+    for part in _parts(reward):
+        part.attach(networks)
+
+
+def _parts(reward: Any) -> Iterator[SharedReward]:
+    if isinstance(reward, SharedReward):
+        yield reward
+        return
+    members = [getattr(reward, "reward", None), *getattr(reward, "rewards", [])]
+    for member in members + [part for _, part in getattr(reward, "parts", [])]:
+        if member is not None:
+            yield from _parts(member)
