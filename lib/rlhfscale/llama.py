@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaModel, MistralModel, PreTrainedModel, Qwen2Model
 
 from rlhfscale.lora import Projection, head_product
+from rlhfscale.packing import Packed
 
 SUPPORTED = (LlamaModel, MistralModel, Qwen2Model)
 CACHED_TOKENS = 2304
@@ -204,20 +205,33 @@ class FusedLlama:
         sin[..., : sin.shape[-1] // 2].neg_()
         return cos, sin
 
-    def hidden(self, ids: torch.Tensor, name: str | None) -> torch.Tensor:
+    def hidden(self, ids: torch.Tensor, name: str | None, packed: Packed | None = None) -> torch.Tensor:
         """Last hidden states [sequence, length, width] of ids padded on the right, under an adapter or the base
-        alone."""
+        alone.
+
+        Args:
+            packed: the same sequences with equal prompts laid out once; what is computed then.
+        """
+        if packed is not None:
+            bias = packed.bias(self.dtype)
+            return packed.unpack(self._hidden(packed.ids, packed.position, bias, name))
         length = ids.shape[1]
-        cos, sin = self.rotary(self.trunk.embed_tokens.weight, torch.arange(length)[None])
-        bias = torch.full((length, length), float("-inf"), dtype=cos.dtype).triu(1)
+        bias = torch.full((1, length, length), float("-inf"), dtype=self.dtype).triu(1)
+        return self._hidden(ids, torch.arange(length)[None], bias, name)
+
+    def _hidden(self, ids: torch.Tensor, position: torch.Tensor, bias: torch.Tensor, name: str | None) -> torch.Tensor:
+        """See `hidden`; ``position`` [1 or sequence, length], ``bias`` [1 or sequence, query, key]."""
         matrices = [layer.parameters(name) for layer in self.layers]
         again = self.checkpointing and torch.is_grad_enabled()
         run = partial(checkpoint, LayerPass.apply, use_reentrant=False) if again else LayerPass.apply
-        parts = []
-        for part in ids.split(max(1, CACHED_TOKENS // length)):
-            x = self.trunk.embed_tokens(part).to(self.dtype)
+        size, parts = max(1, CACHED_TOKENS // ids.shape[1]), []
+        for start in range(0, len(ids), size):
+            rows = slice(start, start + size)
+            x = self.trunk.embed_tokens(ids[rows]).to(self.dtype)
+            cos, sin = self.rotary(self.trunk.embed_tokens.weight, position[rows] if len(position) > 1 else position)
+            seen = bias if len(bias) == 1 else bias[rows].repeat(self.config.num_attention_heads, 1, 1)
             for layer, parameters in zip(self.layers, matrices, strict=True):
-                x = run(x, layer, name, cos, sin, bias, *parameters)
+                x = run(x, layer, name, cos, sin, seen, *parameters)
             parts.append(self.trunk.norm(x.to(self.trunk.norm.weight.dtype)))
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from rlhfscale import llama, lora, models
+from rlhfscale import llama, lora, models, packing
 from rlhfscale.models import CRITIC, POLICY
 
 REFERENCE = "reference"
@@ -220,12 +220,25 @@ class SharedBase(nn.Module):
         """The head that maps hidden states to logits."""
         return self.base.get_output_embeddings()
 
-    def hidden(self, ids: torch.Tensor, role: str) -> torch.Tensor:
-        """Last hidden states [sequence, length, width] of ids padded on the right, as ``policy``, ``critic`` or
-        ``reference``."""
+    def hidden(
+        self,
+        ids: torch.Tensor,
+        role: str,
+        prompt_lengths: torch.Tensor | None = None,
+        lengths: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Last hidden states [sequence, length, width] of ids padded on the right.
+
+        Args:
+            ids: int64 [sequence, length].
+            role: ``policy``, ``critic``, ``reference``, or the name of a frozen adapter.
+            prompt_lengths, lengths: int64 [sequence]; with both, equal prompts are computed once where that can be
+                done, and states at padding mean nothing.
+        """
         name = None if role == REFERENCE else role
         if self._fused:
-            return self._fused.hidden(ids, name)
+            packed = None if prompt_lengths is None else packing.pack(ids, prompt_lengths, lengths)
+            return self._fused.hidden(ids, name, packed)
         with lora.adapter(self.switch, name):
             return last_hidden(models.trunk(self.base), ids)
 
@@ -319,7 +332,7 @@ class FullWeights(nn.Module):
     def output_head(self, role: str) -> nn.Module:
         return (self.reference if role == REFERENCE else self.base).get_output_embeddings()
 
-    def hidden(self, ids: torch.Tensor, role: str) -> torch.Tensor:
+    def hidden(self, ids: torch.Tensor, role: str, prompt_lengths=None, lengths=None) -> torch.Tensor:
         trunks = {POLICY: models.trunk(self.base), CRITIC: self.critic_trunk, REFERENCE: models.trunk(self.reference)}
         return last_hidden(trunks[role], ids)
 

@@ -12,7 +12,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhfscale import llama, lm, models
+from rlhfscale import llama, lm, models, packing
 from rlhfscale.rewards.base import Normalised, moments
 from rlhfscale.rewards.labelled import encode, nonempty
 from rlhfscale.sequences import Sequences
@@ -70,9 +70,9 @@ def read(model: Scored, sequences: Sequences, where: np.ndarray, tokens: int) ->
     trunk, head = trunk_and_head(model)
     fused = _fused(model, trunk)
 
-    def hidden(ids: torch.Tensor) -> torch.Tensor:
+    def hidden(ids: torch.Tensor, prompt_lengths: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         if fused:
-            return fused.hidden(ids, model.active_adapter)
+            return fused.hidden(ids, model.active_adapter, packing.pack(ids, prompt_lengths, lengths))
         return trunk(input_ids=ids, use_cache=False).last_hidden_state
 
     return read_head(hidden, head, sequences, where, tokens)
@@ -91,7 +91,8 @@ def read_head(
     sees padding, whatever the padding token is. The head runs on the chosen positions only.
 
     Args:
-        hidden: ids [sequence, length] to last hidden states [sequence, length, width].
+        hidden: ids [sequence, length], prompt lengths and lengths [sequence] to last hidden states [sequence, length,
+            width].
         where: bool [sequence, length], positions within the sequences.
         tokens: of a micro-batch, padding included. The result and its gradient do not depend on it.
 
@@ -104,7 +105,8 @@ def read_head(
     scores, numbers = [], []
     for rows in micro_batches(sequences.lengths, tokens):
         width = int(sequences.lengths[rows].max())
-        states = hidden(torch.from_numpy(ids[rows, :width]).to(parameter.device))
+        given = ids[rows, :width], sequences.prompt_lengths[rows], sequences.lengths[rows]
+        states = hidden(*(torch.from_numpy(x).to(parameter.device) for x in given))
         chosen = where[rows, :width]
         states = states[torch.from_numpy(chosen).to(states.device)]
         scores.append(head(states.to(parameter.device, parameter.dtype)).squeeze(-1).float())

@@ -77,16 +77,16 @@ class SharedReward:
         if self._networks is None:
             raise RuntimeError("SharedReward: give it to a trainer first, whose base it is read on")
         nonempty(sequences)
-        if None not in (self.tokenizer, sequences.tokenizer):
-            if not scorer.same_tokens(self.tokenizer, sequences.tokenizer):
-                raise ValueError(f"{self.folder}: its tokenizer is not the policy's; take OutcomeRewardModel.load")
+        both = None not in (self.tokenizer, sequences.tokenizer)
+        if both and not scorer.same_tokens(self.tokenizer, sequences.tokenizer):
+            raise ValueError(f"{self.folder}: its tokenizer is not the policy's; take OutcomeRewardModel.load")
         first, inverse = scorer.distinct(sequences)
         where = read_at(sequences[first], self.readout)
         read = scorer.read_head(self._hidden, self._head, sequences[first], where, self.tokens_per_micro_batch)
         return by_sequence(read, where).cpu().numpy()[inverse]
 
-    def _hidden(self, ids: torch.Tensor) -> torch.Tensor:
-        return self._networks.hidden(ids, REWARD)
+    def _hidden(self, ids: torch.Tensor, prompt_lengths: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        return self._networks.hidden(ids, REWARD, prompt_lengths, lengths)
 
 
 def attach(reward: Any, networks: Any) -> None:

@@ -89,7 +89,7 @@ def evaluate(networks, batch: Rollouts, role: str, temperature: float, *, entrop
 
     Token t of a response is predicted at position ``prompt_length - 1 + t``; the heads run on these positions only.
     """
-    hidden = networks.hidden(batch.ids, role)
+    hidden = networks.hidden(batch.ids, role, batch.prompt_lengths, batch.lengths)
     row, column = batch.mask.nonzero(as_tuple=True)
     position = row * batch.ids.shape[1] + batch.prompt_lengths[row] - 1 + column
     selected = hidden.flatten(0, 1).index_select(0, position)
@@ -102,7 +102,7 @@ def evaluate(networks, batch: Rollouts, role: str, temperature: float, *, entrop
 
 def evaluate_values(networks, batch: Rollouts) -> torch.Tensor:
     """The values alone, of a critic with a trunk of its own: float32 [batch, response]."""
-    hidden = networks.hidden(batch.ids, networks.critic_role)
+    hidden = networks.hidden(batch.ids, networks.critic_role, batch.prompt_lengths, batch.lengths)
     row, column = batch.mask.nonzero(as_tuple=True)
     position = row * batch.ids.shape[1] + batch.prompt_lengths[row] - 1 + column
     return _scatter(networks.value_head(hidden.flatten(0, 1).index_select(0, position)), batch.mask)
