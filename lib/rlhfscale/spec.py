@@ -33,13 +33,18 @@ class Spec(BaseModel):
 
     @cached_property
     def parents(self) -> tuple["Spec", ...]:
-        """The specs among the fields, also inside tuples, in field order, without repetition."""
+        """The specs among the fields, also inside tuples, in field order, then `also_read`; without repetition."""
         found: dict[str, Spec] = {}
-        for value in (getattr(self, name) for name in type(self).model_fields):
+        for value in (*(getattr(self, name) for name in type(self).model_fields), self.also_read):
             for item in value if isinstance(value, tuple) else (value,):
                 if isinstance(item, Spec):
                     found.setdefault(item.key, item)
         return tuple(found.values())
+
+    @property
+    def also_read(self) -> tuple["Spec", ...]:
+        """Ancestors whose artifacts the stage reads although no field names them, such as a parent's base."""
+        return ()
 
     @cached_property
     def key(self) -> str:

@@ -1,0 +1,69 @@
+"""Supervised fine-tuning of a language model by a LoRA adapter, on the networks that the trainers of `rl` use."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from rlhfscale.data.documents import bucketed_batches
+from rlhfscale.lm import warmup_stable_decay
+from rlhfscale.models import POLICY
+from rlhfscale.networks import SharedBase
+from rlhfscale.rl.learner import Learner
+from rlhfscale.rl.logprobs import token_logprobs
+from rlhfscale.sequences import Sequences
+
+
+def finetune(
+    networks: SharedBase,
+    data: Sequences,
+    *,
+    epochs: int,
+    batch_size: int,
+    lr: float,
+    seed: Sequence[int],
+) -> list[float]:
+    """Train the policy's adapter on the responses, and return each step's loss in nats a token.
+
+    Args:
+        networks: see `networks.build`; trained in place.
+        data: prompts with the responses to learn; their end-of-sequence tokens are learnt too.
+        epochs: passes over the data.
+        batch_size: sequences in a step.
+        lr: AdamW's rate at its highest; it warms up over a tenth of the steps and decays over the last 40%.
+        seed: entropy of the order.
+
+    Raises:
+        ValueError: no sequences.
+        lm.Diverged: the loss or its gradient is not finite.
+    """
+    if not len(data):
+        raise ValueError("data: no sequences to learn from")
+    rng = np.random.default_rng(seed)
+    batches = [index for _ in range(epochs) for index in bucketed_batches(data.lengths, batch_size, rng)]
+    learner = Learner(networks, {POLICY: lr}, warmup_updates=0, weight_decay=0.0, max_grad_norm=1.0)
+    losses = []
+    for step, index in enumerate(batches):
+        factor = warmup_stable_decay(step, len(batches), warmup=max(1, len(batches) // 10))
+        for group in learner.optimizer.param_groups:
+            group["lr"] = factor * lr
+        with learner.step(step) as record:
+            loss = response_loss(networks, data[index])
+            loss.backward()
+            record["loss"] = loss.item()
+        losses.append(record["loss"])
+    return losses
+
+
+def response_loss(networks: SharedBase, batch: Sequences) -> torch.Tensor:
+    """Mean cross-entropy of the response tokens, in nats."""
+    device = networks.base.device
+    ids, prompt_lengths, lengths = (
+        torch.from_numpy(x).to(device) for x in (batch.ids, batch.prompt_lengths, batch.lengths)
+    )
+    column = torch.arange(ids.shape[1], device=device)
+    response = (column >= prompt_lengths[:, None]) & (column < lengths[:, None])
+    hidden = networks.hidden(ids, POLICY, prompt_lengths, lengths)
+    before = response.roll(-1, 1)  # the state that predicts a token is the one before it
+    logprobs, _ = token_logprobs(hidden[before], networks.output_head(POLICY), ids[response], 1.0)
+    return -logprobs.mean()
