@@ -6,11 +6,12 @@ import subprocess
 import nbformat
 import pytest
 
-from rlhfscale import figures, ladder, params, readme, specs, study
+from rlhfscale import figures, ladder, language, params, readme, registry, specs, study
 from rlhfscale.params import ParamsError
 from rlhfscale.paths import project_root
 from rlhfscale.recipe import Recipe
 
+assert registry
 ROOT = project_root()
 TIERS = ("smoke", "laptop")
 FILES = [path for tier in TIERS for path in sorted((ROOT / "params" / tier).glob("[0-9][0-9]_*.yaml"))]
@@ -55,7 +56,7 @@ def test_figures_use_neither_the_seed_nor_the_prompts_the_recipe_was_chosen_on()
     for file in FILES:
         loaded = params.load(file)
         assert 0 not in loaded.seeds
-        evaluations = [spec for spec in loaded.specs() if isinstance(spec, specs.Samples)]
+        evaluations = [spec for spec in loaded.specs() if isinstance(spec, specs.Samples | language.Answers)]
         assert evaluations and all(spec.prompt_seed != 0 for spec in evaluations)
 
 

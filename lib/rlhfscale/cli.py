@@ -147,7 +147,7 @@ def bench(
 
 
 def _load(tier: str, wanted: list[str] | None, results: Path) -> list[runner.Figure]:
-    importlib.import_module("rlhfscale.figures")  # registers the figures' parameters
+    importlib.import_module("rlhfscale.registry")  # registers the figures' parameters
     return runner.load_figures(tier, wanted or [], results)
 
 

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from rlhfscale import language, models, networks, smollm2
+from rlhfscale import checkpoints, language, models, networks, smollm2
 from rlhfscale.data import answers as answer_data
 from rlhfscale.finetune import finetune
 from rlhfscale.networks import SharedBase
@@ -33,8 +33,14 @@ STREAM = {"train": 0, "eval": 1, "policy": 2}
 
 def chat(spec: language.Chat, inputs: Inputs, folder: Path) -> None:
     """model/, a transformers folder in bfloat16 with its tokenizer."""
-    with tempfile.TemporaryDirectory(dir=folder) as scratch_folder:
-        shutil.move(smollm2.prepare(Path(scratch_folder), "bf16"), folder / "model")
+    found = checkpoints.checkpoint(spec.checkpoint)
+    if found.repo is None:
+        with tempfile.TemporaryDirectory(dir=folder) as unpacked:
+            shutil.move(smollm2.prepare(Path(unpacked), "bf16"), folder / "model")
+        return
+    source = checkpoints.download(found)
+    models.load_base(source, "bf16", local_files_only=True).save_pretrained(folder / "model")
+    AutoTokenizer.from_pretrained(source, local_files_only=True).save_pretrained(folder / "model")
 
 
 def answers(spec: language.Answers, inputs: Inputs, folder: Path) -> None:

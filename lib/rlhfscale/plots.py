@@ -46,6 +46,15 @@ STYLE = {
 }
 
 
+REAL_STAGES = {
+    "chat": ("chat model", CATEGORIES[7]),
+    "tuned": ("fine-tuned", CATEGORIES[1]),
+    "ppo_bf16": ("PPO, LoRA", CATEGORIES[0]),
+    "ppo_nf4": ("PPO, QLoRA", CATEGORIES[2]),
+}
+"""Label and colour of each stage of the pipeline on a published model."""
+
+
 class Picture(Figure):
     """A matplotlib figure that a notebook shows by itself, without pyplot or a magic."""
 
@@ -334,6 +343,51 @@ def live_run(runs: pd.DataFrame, summary: pd.DataFrame | None = None) -> Figure:
         axis.set(title=title, ylabel=unit, xlabel="update")
         axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     axes[2].set_ylim(bottom=min(0.0, updates["kl_nats"].min()))
+    return figure
+
+
+@_styled
+def real_model(runs: pd.DataFrame, summary: pd.DataFrame, training: pd.DataFrame) -> Figure:
+    """Accuracy by task and stage, PPO's roll-outs update by update, and response lengths.
+
+    Args:
+        runs: ``stage``, ``task``, ``seed``, ``metric``, ``value``; metrics ``sampled_accuracy`` and
+            ``sampled_response_tokens``.
+        summary: the common columns, ``stage`` and ``task``; quantity ``sampled_accuracy``.
+        training: ``stage``, ``seed``, ``update`` and ``right``, the share of right roll-outs.
+    """
+    rows = _rows(summary, "sampled_accuracy")
+    stages = [name for name in REAL_STAGES if name in set(rows["stage"])]
+    tasks = [*dict.fromkeys(rows["task"])]
+    caption = _caption(summary, "dots: seeds; bars: ") + " A response is right if the last number in it is."
+    figure, axes, legend = _figure(2, 2, 4.6, caption)
+    grid = axes[0, 0].get_gridspec()
+    for axis in axes[0]:
+        axis.remove()
+    top, left, right = figure.add_subplot(grid[0, :]), axes[1, 0], axes[1, 1]
+    for number, stage in enumerate(stages):
+        color = REAL_STAGES[stage][1]
+        shift = 0.19 * (number - (len(stages) - 1) / 2)
+        for place, task in enumerate(tasks):
+            at = {"x": place + shift}
+            _estimates(top, _rows(rows, "sampled_accuracy", stage=stage, task=task).assign(**at), "x",
+                       color=color, marker="o", linestyle="none")  # fmt: skip
+            of = runs[(runs["metric"] == "sampled_accuracy") & (runs["stage"] == stage) & (runs["task"] == task)]
+            if len(of):
+                _dots(top, of.assign(**at), "x", color)
+        lengths = runs[(runs["metric"] == "sampled_response_tokens") & (runs["stage"] == stage)]
+        lengths = lengths.groupby("seed", as_index=False)["value"].mean().assign(x=number)
+        right.bar(number, lengths["value"].mean(), color=color, alpha=0.6, width=0.6)
+        right.scatter(lengths["x"], lengths["value"], s=7, color="0.2", zorder=3)
+        for _, run in training[training["stage"] == stage].groupby("seed"):
+            left.plot(run["update"] + 1, run["right"].rolling(3, min_periods=1).mean(), color=color, linewidth=1)
+    top.set_xticks(range(len(tasks)), [task.replace("_", " ") for task in tasks])
+    top.set(title="accuracy on held-out questions, sampled at temperature 1", ylabel="share right")
+    left.set(title="PPO's roll-outs, every seed", xlabel="update (mean of three)", ylabel="share right")
+    right.set(title="length of responses", ylabel="tokens")
+    right.set_xticks(range(len(stages)), [REAL_STAGES[stage][0].replace(" ", "\n") for stage in stages])
+    legend([Line2D([], [], color=REAL_STAGES[s][1], marker="o", linestyle="none", label=REAL_STAGES[s][0])
+            for s in stages])  # fmt: skip
     return figure
 
 

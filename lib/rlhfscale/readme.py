@@ -4,7 +4,7 @@ import json
 
 import pandas as pd
 
-from rlhfscale import figures  # noqa: F401  registers the figures
+from rlhfscale import registry  # noqa: F401  registers the figures
 from rlhfscale.params import FIGURES
 from rlhfscale.paths import project_root
 

@@ -52,7 +52,11 @@ class Figure:
 def figure_names(tier: str, wanted: Sequence[str] = ()) -> list[str]:
     """The tier's figures in the order they are to be made: as listed in ``params/<tier>/order.yaml``, else by name.
 
-    ``wanted`` selects by name or by number, such as ``01``. Raises ParamsError for an unknown tier or figure.
+    Args:
+        wanted: names or numbers, such as ``01``; without any, all that the order lists. A figure that it does not list
+            needs what `make setup` leaves out, or longer, and is made when it is asked for.
+
+    Raises ParamsError for an unknown tier or figure.
     """
     folder = project_root() / "params" / tier
     if not folder.is_dir():
@@ -61,9 +65,9 @@ def figure_names(tier: str, wanted: Sequence[str] = ()) -> list[str]:
     names = sorted(path.stem for path in folder.glob("[0-9][0-9]_*.yaml"))
     if (folder / "order.yaml").is_file():
         order = yaml.safe_load((folder / "order.yaml").read_text())
-        if not isinstance(order, list) or sorted(map(str, order)) != names:
-            raise ParamsError(f"params/{tier}/order.yaml: must list each figure of the tier once: {', '.join(names)}")
-        names = order
+        if not isinstance(order, list) or len(set(map(str, order))) < len(order) or not {*map(str, order)} <= {*names}:
+            raise ParamsError(f"params/{tier}/order.yaml: must be a list without repetition from: {', '.join(names)}")
+        names = [*order, *(name for name in names if wanted and name not in order)]
     chosen = {name for wish in wanted for name in names if name == wish or name.startswith(f"{wish}_")}
     for wish in wanted:
         if not any(name == wish or name.startswith(f"{wish}_") for name in names):

@@ -1,0 +1,5 @@
+"""Importing this module registers the parameters of every figure (`params.FIGURES`)."""
+
+from rlhfscale import figures, real_model
+
+__all__ = ["figures", "real_model"]
