@@ -7,7 +7,7 @@ import torch
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
-from rlhfscale.samplers.base import Completions, uniforms
+from rlhfscale.samplers.base import Completions, check, end_tokens, uniforms
 
 
 @torch.no_grad()
@@ -38,26 +38,15 @@ def sample(
         ValueError: an empty prompt, a prompt that does not fit into the context, or not one seed for each prompt.
     """
     lengths = np.fromiter(map(len, prompts), np.int64, len(prompts))
-    _check(model, lengths, seeds, max_new_tokens, temperature)
+    check(lengths, seeds, max_new_tokens, temperature, getattr(model.config, "max_position_embeddings", None))
     eos = tokenizer.eos_token_id if tokenizer else model.config.eos_token_id
     pad = model.config.pad_token_id if model.config.pad_token_id is not None else 0
-    out = Completions(
-        ids=np.full((len(prompts), max_new_tokens), pad, np.int32),
-        lengths=np.zeros(len(prompts), np.int64),
-        finished=np.zeros(len(prompts), bool),
-        logprobs=np.zeros((len(prompts), max_new_tokens), np.float32),
-        temperature=temperature,
-        seeds=seeds,
-    )
+    out = Completions.empty(seeds, max_new_tokens, temperature, pad)
     order = np.argsort(lengths, kind="stable")
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        _decode(model, [prompts[row] for row in rows], rows, out, pad, () if ignore_eos else _as_tuple(eos))
+        _decode(model, [prompts[row] for row in rows], rows, out, pad, () if ignore_eos else end_tokens(eos))
     return out
-
-
-def _as_tuple(eos: int | list[int] | None) -> tuple[int, ...]:
-    return () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
 
 
 def _decode(
@@ -207,23 +196,3 @@ def _left_padded(prompts: list[Sequence[int]], pad_id: int) -> tuple[torch.Tenso
         ids[row, longest - len(prompt) :] = torch.as_tensor(prompt)
         mask[row, longest - len(prompt) :] = 1
     return ids, mask
-
-
-def _check(model, lengths: np.ndarray, seeds: np.ndarray, max_new_tokens: int, temperature: float) -> None:
-    if len(lengths) == 0:
-        raise ValueError("prompts: none given")
-    if lengths.min() == 0:
-        raise ValueError(f"prompts[{int(lengths.argmin())}] is empty; give at least the begin-of-sequence token")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens: {max_new_tokens} is not at least 1")
-    if not 0 <= temperature < np.inf:
-        raise ValueError(f"temperature: {temperature} is not a finite number of at least 0; 0 is greedy")
-    context = getattr(model.config, "max_position_embeddings", None)
-    if context is not None and lengths.max() + max_new_tokens > context:
-        worst = int(lengths.argmax())
-        raise ValueError(
-            f"prompts[{worst}] has {lengths[worst]} tokens; with max_new_tokens={max_new_tokens} it exceeds the"
-            f" model's context of {context}"
-        )
-    if seeds.shape != lengths.shape or seeds.dtype != np.uint64:
-        raise ValueError(f"seeds: need uint64 [{len(lengths)}], got {seeds.dtype} {list(seeds.shape)}")
