@@ -1,9 +1,9 @@
 """The process that `samplers.vllm` talks to: one vLLM engine, asked line by line.
 
-Run by its path, so it imports nothing of rlhfscale and needs no ``PYTHONPATH``. The first line on standard input is the
-job (see `start`), every further one a request; each is answered by one line on standard output. All are JSON. An answer
-``{"error": text}`` says what was wrong with a request, and the engine goes on. It ends when standard input does, or when
-the process that started it is gone.
+Run by its path, so it imports nothing of rlhfscale and needs no ``PYTHONPATH``. The first line on standard input is
+the job (see `Engine`), every further one a request; each is answered by one line on standard output. All are JSON. An
+answer ``{"error": text}`` says what was wrong with a request, and the engine goes on. It ends when standard input does,
+or when the process that started it is gone.
 """
 
 import json

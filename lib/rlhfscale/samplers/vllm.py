@@ -4,18 +4,19 @@
         trainer = PPO(model, tokenizer, reward, config, sampler=sampler)
 
 The trainer pushes its adapter before every roll-out. Requests are prompts as token ids, each with a seed of its own;
-responses to the same prompt share its keys and values (vLLM's prefix cache holds whole blocks of 128 tokens on a CPU, 16
-on a GPU).
+responses to the same prompt share its keys and values (vLLM's prefix cache holds whole blocks, of 128 tokens on a CPU
+and 16 on a GPU).
 
 What a seed guarantees. `hf.sample`: a response depends on its prompt, seed and the weights alone, in float32 whatever
-else is in the batch. Here: the random numbers of a request follow from its seed, so the same call on a fresh engine gives
-the same responses; but with other requests beside it, or a warm prefix cache, sums are rounded in another order, and a
-draw near the edge between two tokens may fall on the other side. The two samplers draw different responses from the same
-distribution.
+else is in the batch. Here: the random numbers of a request follow from its seed, so the same call on a fresh engine
+gives the same responses; but with other requests beside it, or a warm prefix cache, sums are rounded in another order,
+and a draw near the edge between two tokens may fall on the other side. The two samplers draw different responses from
+the same distribution.
 
 vLLM's own server serves the adapters that the trainers save, without this module:
 
-    VLLM_CPU_KVCACHE_SPACE=2 vllm serve MODEL --enable-lora --max-lora-rank 16 --lora-modules policy=RUN/checkpoint/policy
+    VLLM_CPU_KVCACHE_SPACE=2 vllm serve MODEL --enable-lora --max-lora-rank 16 \\
+        --lora-modules policy=RUN/checkpoint/policy
 """
 
 import contextlib
