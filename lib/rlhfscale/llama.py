@@ -14,9 +14,10 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import LlamaModel, MistralModel, PreTrainedModel, Qwen2Model
+from transformers import LlamaModel, MistralModel, PreTrainedConfig, PreTrainedModel, Qwen2Model
 
 from rlhfscale.lora import Projection, head_product
 from rlhfscale.packing import Packed
@@ -55,12 +56,12 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 class Layer:
     """One decoder layer's weights and shapes, in the order they are used."""
 
-    def __init__(self, layer: nn.Module, heads: int, kv_heads: int, size: int, dtype: torch.dtype):
+    def __init__(self, layer: nn.Module, heads: int, kv_heads: int, size: int, dtype: torch.dtype, move: bool):
         attention, mlp = layer.self_attn, layer.mlp
-        self.qkv = Projection([attention.q_proj, attention.k_proj, attention.v_proj])
-        self.out = Projection([attention.o_proj])
-        self.gate_up = Projection([mlp.gate_proj, mlp.up_proj])
-        self.down = Projection([mlp.down_proj])
+        self.qkv = Projection([attention.q_proj, attention.k_proj, attention.v_proj], move)
+        self.out = Projection([attention.o_proj], move)
+        self.gate_up = Projection([mlp.gate_proj, mlp.up_proj], move)
+        self.down = Projection([mlp.down_proj], move)
         norms = layer.input_layernorm, layer.post_attention_layernorm
         self.norms = [(norm.weight.detach().to(dtype), norm.variance_epsilon) for norm in norms]
         self.heads, self.kv_heads, self.size = heads, kv_heads, size
@@ -183,18 +184,19 @@ class FusedLlama:
         trunk: the decoder of a transformers model, below PEFT if it carries adapters.
         head: the output head, for decoding.
         dtype: what layers compute in; embedding, last norm and output head keep the model's.
+        move: join weights that are used together by moving them, which spares a copy.
 
     Attributes:
         checkpointing: keep only each layer's input for the backward pass, and compute the rest again there.
     """
 
-    def __init__(self, trunk: PreTrainedModel, head: nn.Module | None, dtype: torch.dtype):
+    def __init__(self, trunk: PreTrainedModel, head: nn.Module | None, dtype: torch.dtype, move: bool = True):
         self.trunk, self.head, self.dtype = trunk, head, dtype
         self.checkpointing = False
         self.config = config = trunk.config
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.layers = [
-            Layer(layer, config.num_attention_heads, config.num_key_value_heads, size, dtype)
+            Layer(layer, config.num_attention_heads, config.num_key_value_heads, size, dtype, move)
             for layer in self.trunk.layers
         ]
 
@@ -269,32 +271,46 @@ class LlamaDecoder:
         x = x.flatten(0, 1)
         start, self.length = self.length, self.length + new
         if not self.keys:
-            shapes = [(layer.kv_heads, batch, self.capacity, layer.size) for layer in model.layers]
-            self.keys, self.values = ([x.new_empty(shape) for shape in shapes] for _ in range(2))
+            # keys lie as the product with the queries reads them: for few queries that is twice as fast
+            shapes = [(layer.kv_heads, batch, layer.size, self.capacity) for layer in model.layers]
+            self.keys = [x.new_empty(shape) for shape in shapes]
+            self.values = [x.new_empty(shape).mT.contiguous() for shape in shapes]
         for layer, products, keys, values in zip(model.layers, self.products, self.keys, self.values, strict=True):
             to_qkv, to_out, to_gate_up, to_down = products
             qk, v = layer.split(to_qkv(rms_norm(x, *layer.norms[0])[0]), batch)
             qk = rotate(qk, cos, sin)
-            keys[:, :, start : self.length], values[:, :, start : self.length] = qk[layer.heads :], v
-            k, v = (layer.grouped(kv[:, :, : self.length]) for kv in (keys, values))
-            p = layer.attend(qk[: layer.heads].flatten(0, 1), k, bias)
-            x = to_out(_by_token(torch.bmm(p, v), batch)).add_(x)
+            keys[..., start : self.length] = qk[layer.heads :].mT
+            values[:, :, start : self.length] = v
+            x = to_out(self._mixed(layer, qk[: layer.heads], keys, values, bias)).add_(x)
             gate, up = to_gate_up(rms_norm(x, *layer.norms[1])[0]).chunk(2, 1)
             x = to_down(F.silu(gate).mul_(up)).add_(x)
         last = x.view(batch, new, -1)[:, -1]
         return self.head(model.trunk.norm(last.to(model.trunk.norm.weight.dtype)))
 
+    def _mixed(self, layer: Layer, q: torch.Tensor, keys, values, bias: torch.Tensor) -> torch.Tensor:
+        """Attention of q [head, batch, new, size] over what is kept: [token, head x size].
+
+        Queries that share keys are rows of one product, so neither keys nor values are repeated.
+        """
+        heads, batch, new, size = q.shape
+        rows = q.unflatten(0, (layer.kv_heads, -1)).transpose(1, 2).reshape(layer.kv_heads * batch, -1, size)
+        p = layer.attend(rows, keys[..., : self.length].flatten(0, 1).mT, bias)
+        mixed = torch.bmm(p, values[:, :, : self.length].flatten(0, 1)).view(layer.kv_heads, batch, -1, new, size)
+        return mixed.permute(1, 3, 0, 2, 4).reshape(batch * new, heads * size)
+
     def _bias(self, batch: int, new: int, mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-        """[1 or head x batch, new, keys]: causal, and blind to padding (but never to everything)."""
-        total = self.length + new
+        """[1 or kv head x batch, queries that share keys, keys]: causal, and blind to padding (but never to
+        everything)."""
+        total, first = self.length + new, self.model.layers[0]
         bias = torch.full((new, total), torch.finfo(dtype).min / 2, dtype=dtype).triu_(1 + total - new)[None]
+        shared = first.heads // first.kv_heads
         if mask is None:
-            return bias
+            return bias.repeat(1, shared, 1)
         padding = torch.zeros(mask.shape, dtype=dtype).masked_fill_(mask == 0, torch.finfo(dtype).min / 2)
-        return (bias + padding[:, None]).repeat(self.model.config.num_attention_heads, 1, 1)
+        return (bias + padding[:, None]).repeat(first.kv_heads, shared, 1)
 
     def keep(self, rows: torch.Tensor) -> None:
-        """Go on with these requests only."""
+        """Go on with these requests only; one that is named several times becomes several."""
         self.keys, self.values = ([kept[:, rows] for kept in blocks] for blocks in (self.keys, self.values))
 
 
@@ -306,13 +322,38 @@ def fused(trunk: nn.Module, head: nn.Module | None = None, dtype: torch.dtype | 
         head: the output head, for decoding.
         dtype: what layers compute in; the decoder's own by default.
     """
-    if not isinstance(trunk, SUPPORTED) or trunk.device.type != "cpu":
+    frozen = not any(parameter.requires_grad for name, parameter in trunk.named_parameters() if ".lora_" not in name)
+    return FusedLlama(trunk, head, dtype or trunk.dtype) if frozen and _is_plain(trunk) else None
+
+
+def for_decoding(model: PreTrainedModel) -> FusedLlama | None:
+    """The fused form of a whole model without adapters, to decode with while its weights stay as they are; or None.
+
+    Unlike `fused` it may have weights that are trained, as nothing of the model is moved; layers that are joined are
+    copied. Adapters, hooks and dropout are left to the model itself.
+    """
+    trunk = getattr(model, model.base_model_prefix, None)
+    if not _is_plain(trunk) or model.training:
         return None
-    config = trunk.config
-    plain = (
-        trunk.dtype in (torch.float32, torch.bfloat16)
+    if any(isinstance(m, BaseTunerLayer) or m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
+        return None
+    return FusedLlama(trunk, model.get_output_embeddings(), trunk.dtype, move=False)
+
+
+def _is_plain(trunk: nn.Module | None) -> bool:
+    """Whether a decoder computes what is written out here."""
+    return (
+        isinstance(trunk, SUPPORTED)
+        and trunk.device.type == "cpu"
+        and trunk.dtype in (torch.float32, torch.bfloat16)
+        and is_written_out(trunk.config)
+    )
+
+
+def is_written_out(config: PreTrainedConfig) -> bool:
+    """Whether the model that a config describes computes what is written out here."""
+    return (
+        isinstance(config, tuple(model.config_class for model in SUPPORTED))
         and config.hidden_act == "silu"
         and not getattr(config, "sliding_window", None)
-        and not any(parameter.requires_grad for name, parameter in trunk.named_parameters() if ".lora_" not in name)
     )
-    return FusedLlama(trunk, head, dtype or trunk.dtype) if plain else None

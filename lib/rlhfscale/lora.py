@@ -132,10 +132,11 @@ class Projection:
 
     Args:
         modules: nn.Linear, Linear4bit or PEFT's layer over one of them; all weights frozen. Dense weights of several
-            are moved into one block of memory, of which each becomes a part.
+            are joined in one block of memory.
+        move: let each weight become a part of that block, rather than the block a copy.
     """
 
-    def __init__(self, modules: Sequence[nn.Module]):
+    def __init__(self, modules: Sequence[nn.Module], move: bool = True):
         self.modules = list(modules)
         bases = [base_of(module) for module in self.modules]
         self.sizes = [base.out_features for base in bases]
@@ -143,8 +144,9 @@ class Projection:
         self.block = None
         if all(type(base) is nn.Linear for base in bases):
             self.block = bases[0].weight.data if len(bases) == 1 else torch.cat([base.weight.data for base in bases])
-            for base, part in zip(bases, self.block.split(self.sizes), strict=True):
-                base.weight.data = part
+            if move:
+                for base, part in zip(bases, self.block.split(self.sizes), strict=True):
+                    base.weight.data = part
         biases = [base.bias for base in bases]
         self.bias = torch.cat([b.data for b in biases]) if all(b is not None for b in biases) else None
         self._merged: dict[str | None, tuple[tuple, torch.Tensor]] = {}

@@ -308,6 +308,10 @@ class SharedBase(nn.Module):
         self.model.save_pretrained(folder, selected_adapters=self.trained, save_embedding_layers=False)
         _save_head(self.value_head, folder)
 
+    def save_adapter(self, name: str, folder: Path) -> None:
+        """Write ``folder/name``, that adapter alone, as a plain PEFT folder."""
+        self.model.save_pretrained(folder, selected_adapters=[name], save_embedding_layers=False)
+
     def load(self, folder: Path) -> None:
         """Read back what `save` wrote, into these networks."""
         for adapter in self.trained:

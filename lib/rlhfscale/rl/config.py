@@ -26,6 +26,8 @@ class Config(BaseModel):
         kl_coefficient: beta, in units of score for each nat of KL(policy || reference).
         kl_target: adapt beta so that the KL of a response stays near this many nats (Ziegler et al. 2019); None: fixed.
         kl_horizon: responses over which an adaptive beta moves.
+        max_sampler_gap: stop once the sampler's and the trainer's log-probabilities of a token differ by more than this
+            many nats on average: the sampler serves other weights than are trained. None: only log it.
         missing_eos_penalty: subtracted from the score of a response that never ended.
         adapter: "lora", or "none" to train all weights.
         lora_rank, lora_alpha, lora_targets: of every adapter.
@@ -53,6 +55,7 @@ class Config(BaseModel):
     kl_coefficient: float = Field(0.05, ge=0)
     kl_target: float | None = Field(None, gt=0)
     kl_horizon: int = Field(10_000, ge=1)
+    max_sampler_gap: float | None = Field(None, gt=0)
     missing_eos_penalty: float = Field(0.0, ge=0)
     adapter: Literal["lora", "none"] = "lora"
     lora_rank: int = Field(16, ge=1)

@@ -52,6 +52,7 @@ class GRPO(Trainer):
         config = self.config
         rollouts, completions = self.run.collect(self.networks, prompts)
         rollouts, evaluated = self.evaluate(rollouts)
+        self.run.check_sampler(rollouts)
         advantages = group_relative(rollouts.scores, config.responses_per_prompt, scale=config.scale_advantages)
         rollouts = replace(rollouts, advantages=advantages[:, None] * rollouts.mask)
 

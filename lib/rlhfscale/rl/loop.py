@@ -25,6 +25,10 @@ prompts."""
 CHECKPOINT, METRICS = "checkpoint", "metrics.csv"
 
 
+class SamplerGap(RuntimeError):
+    """The sampler's log-probabilities are not those of the policy that is trained."""
+
+
 class Run:
     """A trainer's prompts, rewards and random numbers.
 
@@ -74,6 +78,17 @@ class Run:
             max_new_tokens=config.max_new_tokens,
             missing_eos_penalty=config.missing_eos_penalty,
         )
+
+    def check_sampler(self, rollouts: Rollouts) -> None:
+        """Raise SamplerGap where the sampler drew from another policy than the trainer evaluated (see `Config`)."""
+        bound, gap = self.config.max_sampler_gap, rollouts.sampler_gaps.abs().mean().item()
+        if bound is not None and not gap <= bound:
+            raise SamplerGap(
+                f"update {self.num_updates}: the sampler's and the trainer's log-probabilities of a token differ by"
+                f" {gap:.2g} nats on average, max_sampler_gap is {bound:g}. Check that the sampler was started with the"
+                " model that is trained, in the same dtype, and that adapters reach it; for bf16 or a 4-bit base, whose"
+                " rounding alone makes a gap, raise the bound above what sampler_gap_mean_nats shows at the start"
+            )
 
     def minibatches(self, num_rollouts: int) -> Iterator[torch.Tensor]:
         """int64 [minibatch]: every epoch's roll-outs in an order of its own."""

@@ -10,6 +10,8 @@
 | finished | share of responses that ended by end-of-sequence | share |
 | entropy_nats | entropy of the next token, mean over response tokens and steps | nats |
 | sampler_gap_nats | largest difference between the sampler's and the trainer's log-probability of a token | nats |
+| sampler_gap_mean_nats | the mean of that difference's size, over response tokens | nats |
+| sampler_ratio | exp(trainer's - sampler's log-probability), mean over response tokens | - |
 | ratio_kl_nats | KL(policy that sampled || policy being trained), k1, mean over tokens and steps | nats |
 | clip_fraction | share of tokens (RLOO: responses) at which the clipped branch is active, mean over steps | share |
 | policy_loss | see each trainer, mean over steps | - |
@@ -30,6 +32,7 @@ from rlhfscale.rl.rollout import Rollouts
 def rollout_metrics(rollouts: Rollouts, steps: list[dict[str, float]], kl_coefficient: float) -> dict[str, float]:
     """The metrics of an update from its roll-outs and the records of its optimiser steps."""
     kl = sequence_kl(rollouts.logprobs, rollouts.ref_logprobs, rollouts.mask)
+    gaps = rollouts.sampler_gaps
     return {
         "proxy": rollouts.scores.mean().item(),
         "proxy_std": rollouts.scores.std(correction=0).item(),
@@ -38,6 +41,8 @@ def rollout_metrics(rollouts: Rollouts, steps: list[dict[str, float]], kl_coeffi
         "response_tokens": rollouts.mask.sum(1).float().mean().item(),
         "finished": rollouts.finished.float().mean().item(),
         "sampler_gap_nats": rollouts.sampler_gap,
+        "sampler_gap_mean_nats": gaps.abs().mean().item(),
+        "sampler_ratio": gaps.exp().mean().item(),
         **{name: float(np.mean([step[name] for step in steps])) for name in steps[0]},
         "steps": len(steps),
     }

@@ -72,11 +72,13 @@ class PPO(Trainer):
 
         Raises:
             ValueError: a prompt that is empty or too long, a reward that is not finite or not one for each response.
+            loop.SamplerGap: the sampler drew from another policy (see ``max_sampler_gap``).
             lm.Diverged: a loss or a gradient is not finite.
         """
         config = self.config
         rollouts, completions = self.run.collect(self.networks, prompts)
         rollouts, evaluated = self.evaluate(rollouts)
+        self.run.check_sampler(rollouts)
         rollouts = self.estimate_advantages(rollouts)
 
         self.learner.set_rates(self.run.num_updates)

@@ -52,6 +52,7 @@ class RLOO(Trainer):
         config = self.config
         rollouts, completions = self.run.collect(self.networks, prompts)
         rollouts, evaluated = self.evaluate(rollouts)
+        self.run.check_sampler(rollouts)
         kl = sequence_kl(rollouts.logprobs, rollouts.ref_logprobs, rollouts.mask)
         advantages = leave_one_out(rollouts.scores - self.kl_coefficient * kl, config.responses_per_prompt)
         rollouts = replace(rollouts, advantages=advantages[:, None] * rollouts.mask)

@@ -69,9 +69,14 @@ class Rollouts:
             yield from (self[index] for index in split(self.lengths, max_tokens))
 
     @property
+    def sampler_gaps(self) -> torch.Tensor:
+        """float32 [token]: the trainer's log-probability of each response token less the sampler's, in nats."""
+        return (self.logprobs - self.sampler_logprobs)[self.mask]
+
+    @property
     def sampler_gap(self) -> float:
-        """Largest absolute difference between the sampler's and the trainer's log-probabilities, in nats."""
-        return ((self.logprobs - self.sampler_logprobs).abs() * self.mask).max().item()
+        """The largest of them in size."""
+        return self.sampler_gaps.abs().max().item()
 
 
 @dataclass(frozen=True)
@@ -163,9 +168,13 @@ def collect(
 ) -> tuple[Rollouts, Completions]:
     """Sample one response to each prompt and score it; log-probabilities and values are left at 0.
 
+    A sampler with a copy of the policy elsewhere is given the policy of now first, by its ``push``.
+
     Raises:
         ValueError: an empty prompt or response; a reward of wrong length, or one that is not finite (names the index).
     """
+    if hasattr(sampler, "push"):
+        sampler.push(networks)
     with networks.decoder() as policy:
         completions = sampler(
             policy, prompts, seeds=seeds, max_new_tokens=max_new_tokens, temperature=temperature, tokenizer=tokenizer

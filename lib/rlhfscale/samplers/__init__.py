@@ -1,5 +1,9 @@
-"""Samplers: prompts in, Completion records out."""
+"""Samplers: prompts in, Completion records out.
 
-from rlhfscale.samplers.base import Completion, Completions, request_seeds
+`hf.sample` decodes in process, `vllm.VLLM` in an engine's process, `fake.Fake` says what it was told to. `auto.choose`
+names the fast one for a model. All are called alike, see `base`.
+"""
 
-__all__ = ["Completion", "Completions", "request_seeds"]
+from rlhfscale.samplers.base import Completion, Completions, repeated, request_seeds
+
+__all__ = ["Completion", "Completions", "repeated", "request_seeds"]

@@ -1,6 +1,11 @@
-"""What a sampler returns: the Completion record, and a batch of completions as arrays."""
+"""What every sampler takes and returns: the checks of a call, the Completion record, a batch of completions as arrays.
 
-from collections.abc import Iterator
+A sampler is called as ``sampler(model, prompts, seeds=..., max_new_tokens=..., temperature=..., tokenizer=...)`` and
+returns `Completions`. One that does not decode ``model`` itself has a method ``push(networks)``, which trainers call
+before every roll-out.
+"""
+
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,6 +51,19 @@ class Completions:
     temperature: float
     seeds: np.ndarray
 
+    @classmethod
+    def empty(cls, seeds: np.ndarray, max_new_tokens: int, temperature: float, pad: int = 0) -> "Completions":
+        """Room for one response to each seed, to be filled in."""
+        shape = len(seeds), max_new_tokens
+        return cls(
+            ids=np.full(shape, pad, np.int32),
+            lengths=np.zeros(len(seeds), np.int64),
+            finished=np.zeros(len(seeds), bool),
+            logprobs=np.zeros(shape, np.float32),
+            temperature=temperature,
+            seeds=seeds,
+        )
+
     def __len__(self) -> int:
         return len(self.ids)
 
@@ -80,3 +98,49 @@ def uniforms(seeds: np.ndarray, position: int) -> np.ndarray:
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         z = z ^ (z >> np.uint64(31))
     return (z >> np.uint64(11)).astype(np.float64) / 2.0**53
+
+
+def repeated(prompts: Sequence[Sequence[int]], num_samples: int, temperature: float) -> list[Sequence[int]]:
+    """Each prompt ``num_samples`` times in a row, for as many responses to it.
+
+    Raises ValueError for no samples, and for several of temperature 0, which would be equal.
+    """
+    if num_samples < 1:
+        raise ValueError(f"num_samples: {num_samples} is not at least 1")
+    if num_samples > 1 and temperature == 0:
+        raise ValueError(
+            f"num_samples: at temperature 0 all {num_samples} samples of a prompt would be equal; take 1, or a higher"
+            " temperature"
+        )
+    return [prompt for prompt in prompts for _ in range(num_samples)]
+
+
+def end_tokens(eos: int | list[int] | None) -> tuple[int, ...]:
+    """End-of-sequence ids as a config or a tokenizer states them."""
+    return () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
+
+
+def check(lengths: np.ndarray, seeds: np.ndarray, max_new_tokens: int, temperature: float, context: int | None) -> None:
+    """Raise ValueError for a call that cannot work.
+
+    Args:
+        lengths: int64 [prompt], tokens of each.
+        seeds: uint64 [prompt], one for each request.
+        context: longest sequence the model takes, in tokens; None where it has no limit.
+    """
+    if len(lengths) == 0:
+        raise ValueError("prompts: none given")
+    if lengths.min() == 0:
+        raise ValueError(f"prompts[{int(lengths.argmin())}] is empty; give at least the begin-of-sequence token")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens: {max_new_tokens} is not at least 1")
+    if not 0 <= temperature < np.inf:
+        raise ValueError(f"temperature: {temperature} is not a finite number of at least 0; 0 is greedy")
+    if context is not None and lengths.max() + max_new_tokens > context:
+        worst = int(lengths.argmax())
+        raise ValueError(
+            f"prompts[{worst}] has {lengths[worst]} tokens; with max_new_tokens={max_new_tokens} it exceeds the"
+            f" model's context of {context}"
+        )
+    if seeds.shape != lengths.shape or seeds.dtype != np.uint64:
+        raise ValueError(f"seeds: need uint64 [{len(lengths)}], got {seeds.dtype} {list(seeds.shape)}")

@@ -1,13 +1,19 @@
-"""The in-process sampler: a batched decoding loop over a transformers model with its key-value cache."""
+"""The in-process sampler: a batched decoding loop over a transformers model with its key-value cache.
 
-from collections.abc import Sequence
+A prompt that is given several times is read once. A Llama on a CPU is decoded by `llama`, several times as fast.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
-from rlhfscale.samplers.base import Completions, uniforms
+from rlhfscale import llama
+from rlhfscale.samplers.base import Completions, check, end_tokens, uniforms
 
 
 @torch.no_grad()
@@ -38,45 +44,49 @@ def sample(
         ValueError: an empty prompt, a prompt that does not fit into the context, or not one seed for each prompt.
     """
     lengths = np.fromiter(map(len, prompts), np.int64, len(prompts))
-    _check(model, lengths, seeds, max_new_tokens, temperature)
+    check(lengths, seeds, max_new_tokens, temperature, getattr(model.config, "max_position_embeddings", None))
     eos = tokenizer.eos_token_id if tokenizer else model.config.eos_token_id
     pad = model.config.pad_token_id if model.config.pad_token_id is not None else 0
-    out = Completions(
-        ids=np.full((len(prompts), max_new_tokens), pad, np.int32),
-        lengths=np.zeros(len(prompts), np.int64),
-        finished=np.zeros(len(prompts), bool),
-        logprobs=np.zeros((len(prompts), max_new_tokens), np.float32),
-        temperature=temperature,
-        seeds=seeds,
-    )
+    out = Completions.empty(seeds, max_new_tokens, temperature, pad)
+    fused = None if hasattr(model, "decoder") else llama.for_decoding(model)
+    make = model.decoder if hasattr(model, "decoder") else partial(fused.decoder, None) if fused else None
+    make = make or partial(TransformersDecoder, model)
     order = np.argsort(lengths, kind="stable")
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        _decode(model, [prompts[row] for row in rows], rows, out, pad, () if ignore_eos else _as_tuple(eos))
+        _decode(
+            make, model.device, [prompts[row] for row in rows], rows, out, pad, () if ignore_eos else end_tokens(eos)
+        )
     return out
 
 
-def _as_tuple(eos: int | list[int] | None) -> tuple[int, ...]:
-    return () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
-
-
 def _decode(
-    model: PreTrainedModel,
+    make: Callable[[int], Any],
+    device: torch.device,
     prompts: list[Sequence[int]],
     rows: np.ndarray,
     out: Completions,
     pad: int,
     eos: tuple[int, ...],
 ) -> None:
-    """Decode the requests ``rows`` into ``out``; requests that have ended leave the batch once they are half of it."""
-    ids, mask = (x.to(model.device) for x in _left_padded(prompts, pad))
+    """Decode the requests ``rows`` into ``out``; requests that have ended leave the batch once they are half of it.
+
+    Args:
+        make: a decoder with room for a number of positions (see `TransformersDecoder`).
+    """
+    index: dict[tuple[int, ...], int] = {}
+    copies = torch.tensor([index.setdefault(tuple(prompt), len(index)) for prompt in prompts], device=device)
+    ids, mask = (x.to(device) for x in _left_padded(list(index), pad))
     padded = bool((mask == 0).any())
     position = mask.cumsum(1).sub_(1).clamp_(min=0)
     capacity = ids.shape[1] + out.ids.shape[1]
-    decoder = model.decoder(capacity) if hasattr(model, "decoder") else TransformersDecoder(model, capacity)
+    decoder = make(capacity)
     active = rows
     for step in range(out.ids.shape[1]):
         logits = decoder.step(ids, mask if padded else None, position)
+        if step == 0 and len(index) < len(prompts):
+            decoder.keep(copies)
+            logits, mask, position = logits[copies], mask[copies], position[copies]
         token, logprob = _draw(logits, out.temperature, out.seeds[active], step)
         out.ids[active, step] = np.where(out.finished[active], pad, token)
         out.logprobs[active, step] = np.where(out.finished[active], 0.0, logprob)
@@ -86,10 +96,10 @@ def _decode(
         if not going.any():
             return
         if going.mean() < 0.5:
-            keep = torch.from_numpy(np.flatnonzero(going)).to(model.device)
+            keep = torch.from_numpy(np.flatnonzero(going)).to(device)
             decoder.keep(keep)
             active, token, mask, position = active[going], token[going], mask[keep], position[keep]
-        ids = torch.from_numpy(token)[:, None].to(model.device)
+        ids = torch.from_numpy(token)[:, None].to(device)
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         position = position[:, -1:] + 1
 
@@ -118,7 +128,7 @@ class TransformersDecoder:
         return output.logits[:, -1]
 
     def keep(self, rows: torch.Tensor) -> None:
-        """Go on with these requests only."""
+        """Go on with these requests only; one that is named several times becomes several."""
         self.cache.batch_select_indices(rows)
 
 
@@ -161,42 +171,51 @@ def growing_cache(model: PreTrainedModel, capacity: int) -> Cache:
 BLOCK = 256
 """Probabilities summed at a time in inverse-CDF sampling."""
 
+CACHED_LOGITS = 2**19
+"""Logits sampled from at a time on a CPU: several passes over more would each read them from memory."""
+
 
 def _draw(logits: torch.Tensor, temperature: float, seeds: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray]:
     """Inverse-CDF sampling: int64 and float32 [request], the token and its log-probability.
 
     The cumulative sum is taken over blocks of tokens, then within the chosen block, so a large vocabulary is read twice
-    rather than sorted, filtered or summed in float64.
+    rather than sorted or filtered.
     """
-    logits = logits.float() / temperature if temperature else logits.float()
-    total = torch.logsumexp(logits, -1, keepdim=True)
-    if temperature:
-        draws = torch.from_numpy(uniforms(seeds, step)).to(logits.device)
-        token = _inverse_cdf((logits - total).exp_(), draws)
-    else:
-        token = logits.argmax(-1, keepdim=True)
-    return token.squeeze(1).cpu().numpy(), (logits.gather(1, token) - total).squeeze(1).cpu().numpy()
+    draws = torch.from_numpy(uniforms(seeds, step)).to(logits.device)
+    rows = max(1, CACHED_LOGITS // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
+    parts = [_draw_rows(*part, temperature) for part in zip(logits.split(rows), draws.split(rows), strict=True)]
+    token, logprob = (torch.cat(part) for part in zip(*parts, strict=True))
+    return token.cpu().numpy(), logprob.cpu().numpy()
 
 
-def _inverse_cdf(probability: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
-    """int64 [request, 1]: the first token at which the cumulative probability exceeds the draw.
+def _draw_rows(logits: torch.Tensor, draws: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """int64 and float32 [request] of logits [request, vocabulary] and float64 draws in [0, 1)."""
+    top = logits.amax(-1, keepdim=True)
+    weight = logits.to(torch.float32, copy=True).sub_(top).div_(temperature or 1.0).exp_()
+    size = min(BLOCK, weight.shape[1])
+    blocks = torch.nn.functional.pad(weight, (0, -weight.shape[1] % size)).view(len(weight), -1, size)
+    cumulative = blocks.sum(2).double().cumsum(1)
+    token = _inverse_cdf(blocks, cumulative, draws) if temperature else logits.argmax(-1, keepdim=True)
+    logprob = (logits.gather(1, token).float() - top) / (temperature or 1.0) - cumulative[:, -1:].log().float()
+    return token.squeeze(1), logprob.squeeze(1)
+
+
+def _inverse_cdf(blocks: torch.Tensor, cumulative: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+    """int64 [request, 1]: the first token at which the cumulative weight exceeds the draw's share of all of it.
 
     Args:
-        probability: float32 [request, vocabulary].
+        blocks: float32 [request, block, token of the block], weights.
+        cumulative: float64 [request, block], their sums up to the end of each block.
         draws: float64 [request], in [0, 1).
     """
-    rows, vocabulary = probability.shape
-    size = min(BLOCK, vocabulary)
-    blocks = torch.nn.functional.pad(probability, (0, -vocabulary % size)).view(rows, -1, size)
-    cumulative = blocks.sum(2, dtype=torch.float64).cumsum(1)
     target = draws[:, None] * cumulative[:, -1:]
     block = torch.searchsorted(cumulative, target, right=True).clamp_(max=blocks.shape[1] - 1)
     before = torch.where(block > 0, cumulative.gather(1, (block - 1).clamp(min=0)), 0.0)
-    within = blocks[torch.arange(rows, device=block.device), block[:, 0]].double().cumsum(1)
+    within = blocks[torch.arange(len(blocks), device=block.device), block[:, 0]].double().cumsum(1)
     # a draw in the rounding gap between a block's sum and its last partial sum takes the block's last likely token
     last = within.shape[1] - 1 - (within == within[:, -1:]).sum(1, keepdim=True) + 1
     token = torch.minimum(torch.searchsorted(within, target - before, right=True), last)
-    return block * size + token
+    return block * blocks.shape[2] + token
 
 
 def _left_padded(prompts: list[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -207,23 +226,3 @@ def _left_padded(prompts: list[Sequence[int]], pad_id: int) -> tuple[torch.Tenso
         ids[row, longest - len(prompt) :] = torch.as_tensor(prompt)
         mask[row, longest - len(prompt) :] = 1
     return ids, mask
-
-
-def _check(model, lengths: np.ndarray, seeds: np.ndarray, max_new_tokens: int, temperature: float) -> None:
-    if len(lengths) == 0:
-        raise ValueError("prompts: none given")
-    if lengths.min() == 0:
-        raise ValueError(f"prompts[{int(lengths.argmin())}] is empty; give at least the begin-of-sequence token")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens: {max_new_tokens} is not at least 1")
-    if not 0 <= temperature < np.inf:
-        raise ValueError(f"temperature: {temperature} is not a finite number of at least 0; 0 is greedy")
-    context = getattr(model.config, "max_position_embeddings", None)
-    if context is not None and lengths.max() + max_new_tokens > context:
-        worst = int(lengths.argmax())
-        raise ValueError(
-            f"prompts[{worst}] has {lengths[worst]} tokens; with max_new_tokens={max_new_tokens} it exceeds the"
-            f" model's context of {context}"
-        )
-    if seeds.shape != lengths.shape or seeds.dtype != np.uint64:
-        raise ValueError(f"seeds: need uint64 [{len(lengths)}], got {seeds.dtype} {list(seeds.shape)}")

@@ -1,0 +1,353 @@
+"""The vLLM sampler: one engine in a process of its own that outlives calls, with a policy adapter swapped in place.
+
+    with VLLM("runs/sft", max_lora_rank=16) as sampler:
+        trainer = PPO(model, tokenizer, reward, config, sampler=sampler)
+
+The trainer pushes its adapter before every roll-out. Requests are prompts as token ids, each with a seed of its own;
+responses to the same prompt share its keys and values (vLLM's prefix cache holds whole blocks, of 128 tokens on a CPU
+and 16 on a GPU).
+
+What a seed guarantees. `hf.sample`: a response depends on its prompt, seed and the weights alone, in float32 whatever
+else is in the batch. Here: the random numbers of a request follow from its seed, so the same call on a fresh engine
+gives the same responses; but with other requests beside it, or a warm prefix cache, sums are rounded in another order,
+and a draw near the edge between two tokens may fall on the other side. The two samplers draw different responses from
+the same distribution.
+
+vLLM's own server serves the adapters that the trainers save, without this module:
+
+    VLLM_CPU_KVCACHE_SPACE=2 vllm serve MODEL --enable-lora --max-lora-rank 16 \\
+        --lora-modules policy=RUN/checkpoint/policy
+"""
+
+import contextlib
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from rlhfscale.models import POLICY
+from rlhfscale.samplers.base import Completions, check, end_tokens
+
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM can reserve for an adapter; one of lower rank fits."""
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+ERROR_LINES = 15
+
+
+class NotInstalled(RuntimeError):
+    """vLLM is not there; the message says how to install it."""
+
+
+class EngineDied(RuntimeError):
+    """The engine's process ended before it answered; the message holds the last lines of its standard error."""
+
+
+class VLLM:
+    """A vLLM engine as a sampler; call it as a trainer does, or `sample`.
+
+    Args:
+        model: a transformers folder or a hub id.
+        dtype: "fp32" or "bf16", of weights and products.
+        max_model_len: tokens of prompt and response; the model's context by default.
+        max_lora_rank: largest rank of an adapter, one of `RANKS`; None serves the model alone.
+        tensor_parallel, pipeline_parallel: GPUs that a layer, or the layers, are split over.
+        gpu_memory_fraction: of each GPU's memory, for weights, keys and values.
+        kv_cache_gib: on a CPU, memory for keys and values.
+        enforce_eager: start in a fraction of the time, without compiling, and decode slower.
+        threads: on a CPU, of the engine; OMP_NUM_THREADS, or else all cores, by default.
+        revision: of a hub id.
+
+    Raises:
+        NotInstalled: vLLM is missing.
+        ValueError: an option that vLLM does not take.
+        EngineDied: it did not start.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        dtype: str = "bf16",
+        max_model_len: int | None = None,
+        max_lora_rank: int | None = None,
+        tensor_parallel: int = 1,
+        pipeline_parallel: int = 1,
+        gpu_memory_fraction: float = 0.9,
+        kv_cache_gib: int = 2,
+        enforce_eager: bool = False,
+        threads: int | None = None,
+        revision: str | None = None,
+    ):
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
+        if max_lora_rank is not None and max_lora_rank not in RANKS:
+            raise ValueError(f"max_lora_rank: {max_lora_rank} is not one that vLLM allows: {_listed(RANKS)}")
+        require()
+        adapters = {"enable_lora": True, "max_loras": 1, "max_lora_rank": max_lora_rank} if max_lora_rank else {}
+        self._options = {
+            "model": str(model),
+            "revision": revision,
+            "dtype": DTYPES[dtype],
+            "max_model_len": max_model_len,
+            "tensor_parallel_size": tensor_parallel,
+            "pipeline_parallel_size": pipeline_parallel,
+            "gpu_memory_utilization": gpu_memory_fraction,
+            "enforce_eager": enforce_eager,
+            **adapters,
+        }
+        self._environment = environment(threads, kv_cache_gib)
+        self.max_lora_rank = max_lora_rank
+        self._adapter: Path | None = None
+        self._pushes = 0
+        self._scratch = Path(tempfile.mkdtemp(prefix="rlhfscale-vllm-"))
+        weakref.finalize(self, shutil.rmtree, self._scratch, ignore_errors=True)
+        self._process: _Process | None = None
+        self._closed = False
+        self._start()
+
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        seeds: np.ndarray,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        ignore_eos: bool = False,
+    ) -> Completions:
+        """Sample one response for each prompt; arguments and result as of `hf.sample`.
+
+        An engine that dies is started again once, with its adapter, and all of the call is repeated.
+
+        Raises:
+            ValueError: as `hf.sample`; a token id beyond the vocabulary.
+            EngineDied: it died again.
+        """
+        lengths = np.fromiter(map(len, prompts), np.int64, len(prompts))
+        check(lengths, seeds, max_new_tokens, temperature, self._about["context"])
+        highest = max(map(max, prompts))
+        if highest >= self._about["vocabulary"]:
+            raise ValueError(f"prompts: token id {highest} is beyond the vocabulary of {self._about['vocabulary']}")
+        stop = () if ignore_eos else end_tokens(tokenizer.eos_token_id if tokenizer else self._about["eos"])
+        # equal prompts in a row: the later ones find the first one's keys and values
+        order = sorted(range(len(prompts)), key=lambda row: tuple(prompts[row]))
+        answer = self._ask(
+            do="sample",
+            prompts=[list(map(int, prompts[row])) for row in order],
+            seeds=[int(seeds[row]) for row in order],
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            stop=list(stop),
+        )
+        return _arrays(answer, np.array(order), seeds, max_new_tokens, temperature)
+
+    def __call__(self, policy: Any, prompts: Sequence[Sequence[int]], **options: Any) -> Completions:
+        """As a trainer calls its sampler. ``policy`` is not looked at: it was pushed."""
+        return self.sample(prompts, **options)
+
+    def push(self, networks: Any) -> None:
+        """Sample under the policy adapter of `networks.SharedBase` as it is now.
+
+        Raises ValueError where there is none, or its rank does not fit.
+        """
+        if not hasattr(networks, "save_adapter"):
+            raise ValueError("sampler: vLLM takes the policy as an adapter; use adapter: lora, or the sampler hf")
+        self._pushes += 1
+        folder = self._scratch / f"push-{self._pushes}"
+        networks.save_adapter(POLICY, folder)
+        before = self._adapter
+        self.load_adapter(folder / POLICY)
+        if before is not None and self._scratch in before.parents:
+            shutil.rmtree(before.parent)
+
+    def load_adapter(self, folder: str | Path | None) -> None:
+        """Sample under the LoRA adapter in a PEFT folder from now on; None goes back to the model alone.
+
+        The folder is read again where the engine has to be started again.
+
+        Raises ValueError for a folder without an adapter, or one of a rank or kind that the engine does not take.
+        """
+        if folder is not None:
+            folder = Path(folder).resolve()
+            self._check_adapter(folder)
+        self._ask(do="load", folder=str(folder) if folder else None)
+        self._adapter = folder
+
+    def close(self) -> None:
+        """End the engine, for good."""
+        self._closed = True
+        if self._process:
+            self._process.close()
+            self._process = None
+
+    def __enter__(self) -> "VLLM":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _check_adapter(self, folder: Path) -> None:
+        file = folder / "adapter_config.json"
+        if not file.is_file():
+            raise ValueError(f"{folder}: no adapter there, adapter_config.json is missing")
+        rank = json.loads(file.read_text())["r"]
+        if self.max_lora_rank is None or rank > self.max_lora_rank:
+            fitting = [allowed for allowed in RANKS if allowed >= rank]
+            raise ValueError(
+                f"{folder}: its rank is {rank}, the engine's max_lora_rank {self.max_lora_rank}; start it with one of"
+                f" {_listed(fitting)}"
+                if fitting
+                else f"{folder}: its rank is {rank}; vLLM allows up to {RANKS[-1]}"
+            )
+
+    def _start(self) -> None:
+        job = {"parent": os.getpid(), "engine": self._options}
+        self._process = _Process(job, self._environment, self._scratch / "stderr.txt")
+        try:
+            self._about = self._process.read()
+            if self._adapter:
+                self._process.ask({"do": "load", "folder": str(self._adapter)})
+        except BaseException:
+            self._process.kill()
+            self._process = None
+            raise
+
+    def _ask(self, **request: Any) -> dict[str, Any]:
+        """The engine's answer; one that dies is started again once."""
+        if self._closed:
+            raise ValueError("sampler: it is closed")
+        try:
+            return self._ask_once(request)
+        except EngineDied:
+            return self._ask_once(request)
+
+    def _ask_once(self, request: dict[str, Any]) -> dict[str, Any]:
+        if self._process is None:
+            self._start()
+        try:
+            return self._process.ask(request)
+        except ValueError:
+            raise
+        except BaseException:  # dead; or interrupted, and its answer would be taken for that of the next request
+            self._process.kill()
+            self._process = None
+            raise
+
+
+class _Process:
+    """The engine's process, spoken to line by line; see `samplers.engine`."""
+
+    def __init__(self, job: dict[str, Any], variables: dict[str, str], errors: Path):
+        self._errors = errors
+        with errors.open("w") as file:
+            self._process = subprocess.Popen(
+                # -P: the script's folder, with its vllm.py, must not come before the installed vllm
+                [sys.executable, "-P", str(Path(__file__).with_name("engine.py"))],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=file,
+                text=True,
+                env=variables,
+                start_new_session=True,  # Ctrl-C is for this process, which ends the engine and its workers itself
+            )
+        self.kill = weakref.finalize(self, _kill, self._process)
+        self._write(job)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        self._write(request)
+        return self.read()
+
+    def read(self) -> dict[str, Any]:
+        """The next answer. Raises ValueError for one that says what was wrong, EngineDied where there is none."""
+        line = _pipe(self._process, "stdout").readline()
+        if not line.endswith("\n"):
+            code = self._process.wait()
+            tail = "\n".join(self._errors.read_text(errors="replace").splitlines()[-ERROR_LINES:])
+            raise EngineDied(
+                f"vLLM's engine ended with exit code {code}; the last lines of its standard error:\n{tail}"
+            )
+        answer = json.loads(line)
+        if "error" in answer:
+            raise ValueError(f"vllm: {answer['error']}")
+        return answer
+
+    def close(self) -> None:
+        """Let it end by itself; by force where it does not within ten seconds."""
+        with contextlib.suppress(BrokenPipeError):
+            _pipe(self._process, "stdin").close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(10)
+        self.kill()
+
+    def _write(self, message: dict[str, Any]) -> None:
+        with contextlib.suppress(BrokenPipeError):  # read() says what happened
+            _pipe(self._process, "stdin").write(json.dumps(message) + "\n")
+            _pipe(self._process, "stdin").flush()
+
+
+def _kill(process: subprocess.Popen) -> None:
+    """End an engine and its workers, which share a session; also called when this process ends."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _pipe(process: subprocess.Popen, name: str) -> IO[str]:
+    pipe = getattr(process, name)
+    assert pipe is not None
+    return pipe
+
+
+def available() -> bool:
+    """Whether vLLM is installed."""
+    return importlib.util.find_spec("vllm") is not None
+
+
+def require() -> None:
+    """Raise NotInstalled where vLLM is missing."""
+    if not available():
+        raise NotInstalled("vllm is not installed; make setup EXTRAS=vllm")
+
+
+def environment(threads: int | None, kv_cache_gib: int) -> dict[str, str]:
+    """The variables of an engine's process: threads not bound to cores that others may use, few lines, no reports."""
+    threads = threads or int(os.environ.get("OMP_NUM_THREADS", 0)) or os.cpu_count()
+    return os.environ | {
+        "OMP_NUM_THREADS": str(threads),
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine is in our process already
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+
+
+def _arrays(
+    answer: dict[str, Any], order: np.ndarray, seeds: np.ndarray, max_new_tokens: int, temperature: float
+) -> Completions:
+    """The engine's lists, which are in ``order``, as arrays in the order of the prompts."""
+    out = Completions.empty(seeds, max_new_tokens, temperature)
+    for row, ids, logprobs, stopped in zip(order, answer["ids"], answer["logprobs"], answer["stopped"], strict=True):
+        out.ids[row, : len(ids)], out.logprobs[row, : len(ids)] = ids, logprobs
+        out.lengths[row], out.finished[row] = len(ids), stopped
+    return out
+
+
+def _listed(ranks: Sequence[int]) -> str:
+    return ", ".join(map(str, ranks))
