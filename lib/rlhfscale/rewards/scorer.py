@@ -55,13 +55,30 @@ def at_least_one(**values: int) -> None:
             raise ValueError(f"{name}: {value} is below 1")
 
 
-def micro_batches(lengths: np.ndarray, tokens: int) -> Iterator[np.ndarray]:
-    """Indices of similar length, shortest first: at most ``tokens`` in each batch with its padding, or one sequence."""
-    order = np.argsort(lengths, kind="stable")
+ENOUGH_TOKENS = 512
+"""A pass of fewer tokens costs more for each: sequences are padded rather than computed in smaller parts."""
+
+
+def micro_batches(sequences: Sequences, tokens: int) -> Iterator[np.ndarray]:
+    """Indices of sequences to be computed together: of similar length, at most ``tokens`` with padding, or one.
+
+    Where many prompts are equal, all responses to a prompt stay together, so that `packing` can compute it once.
+    """
+    prompt = np.arange(sequences.ids.shape[1]) < sequences.prompt_lengths[:, None]
+    _, first, group = np.unique(np.where(prompt, sequences.ids, -1), axis=0, return_index=True, return_inverse=True)
+    group, widths = group.reshape(-1), sequences.prompt_lengths[first]
+    np.add.at(widths, group, sequences.lengths - sequences.prompt_lengths)
+    if widths.sum() > (1 - packing.LEAST_SAVING) * sequences.lengths.sum():
+        group, widths = np.arange(len(sequences)), sequences.lengths
+    order = np.argsort(widths, kind="stable")
+    by_group = np.split(np.argsort(group, kind="stable"), np.bincount(group).cumsum()[:-1])
     start = 0
     for end in range(1, len(order) + 1):
-        if end == len(order) or (end + 1 - start) * lengths[order[end]] > tokens:
-            yield order[start:end]
+        count, longest = end - start, widths[order[end - 1]]
+        following = widths[order[end]] if end < len(order) else None
+        full = following is None or (count + 1) * following > tokens
+        if full or (count * longest >= ENOUGH_TOKENS and following > 1.1 * widths[order[start]]):
+            yield np.concatenate([by_group[index] for index in order[start:end]])
             start = end
 
 
@@ -103,7 +120,7 @@ def read_head(
     ids = np.where(np.arange(sequences.ids.shape[1]) < sequences.lengths[:, None], sequences.ids, 0)
     number = where.cumsum().reshape(where.shape) - 1
     scores, numbers = [], []
-    for rows in micro_batches(sequences.lengths, tokens):
+    for rows in micro_batches(sequences, tokens):
         width = int(sequences.lengths[rows].max())
         given = ids[rows, :width], sequences.prompt_lengths[rows], sequences.lengths[rows]
         states = hidden(*(torch.from_numpy(x).to(parameter.device) for x in given))
