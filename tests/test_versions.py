@@ -32,7 +32,7 @@ MODULES = {
     "sft": TRAINING,
     "samples": SAMPLING,
     "reward_model": REWARD,
-    "policy": (*REWARD, "networks", *TRAINERS),
+    "policy": (*REWARD, "rewards/shared", "networks", *TRAINERS),
     "scores": REWARD,
 }
 """The modules that decide what each stage makes; of stages.py, the stage's function and what it calls there counts."""
