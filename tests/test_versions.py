@@ -18,7 +18,7 @@ RECORD = Path(__file__).with_name("code_versions.json")
 TASKS = ("tasks/__init__", "tasks/base", "tasks/lists", "tasks/registers", "ladder")
 DOCUMENTS = (*TASKS, "data/demonstrations", "data/documents")
 TRAINING = (*DOCUMENTS, "models", "lm", "optim")
-SAMPLING = (*DOCUMENTS, "models", "lora", "llama", "samplers/base", "samplers/hf", "data/responses")
+SAMPLING = (*DOCUMENTS, "models", "lora", "packing", "llama", "samplers/base", "samplers/hf", "data/responses")
 REWARD = (
     *SAMPLING, "lm", "optim", "sequences", "rewards/base", "rewards/losses", "rewards/labelled", "rewards/metrics",
     "rewards/scorer", "rewards/outcome",
@@ -32,7 +32,7 @@ MODULES = {
     "sft": TRAINING,
     "samples": SAMPLING,
     "reward_model": REWARD,
-    "policy": (*REWARD, "networks", *TRAINERS),
+    "policy": (*REWARD, "rewards/shared", "networks", *TRAINERS),
     "scores": REWARD,
 }
 """The modules that decide what each stage makes; of stages.py, the stage's function and what it calls there counts."""

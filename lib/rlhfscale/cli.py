@@ -117,7 +117,7 @@ def claims(tier: Tier = "laptop", results: ResultsFolder = None) -> None:
 
 @app.command()
 def bench(
-    what: Annotated[str, typer.Argument(help="ppo, rm, sampler, all, or the name of one case.")] = "all",
+    what: Annotated[str, typer.Argument(help="ppo, qlora, rm, sampler, vllm, all, or the name of one case.")] = "all",
     peer_python: Annotated[
         str | None, typer.Option(help="Python of PPO's peer, see requirements/bench.txt. [default: .venv-bench's]")
     ] = None,

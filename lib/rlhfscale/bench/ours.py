@@ -20,7 +20,7 @@ from rlhfscale.sequences import Sequences
 
 def main() -> None:
     child = Child()
-    side = {"ppo": ppo, "qlora": ppo, "rm": reward_model, "sampler": sampler}[child.job["bench"]]
+    side = {"ppo": ppo, "qlora": ppo, "rm": reward_model, "sampler": sampler, "vllm": sampler}[child.job["bench"]]
     side(child, child.job.get("options", {}))
 
 

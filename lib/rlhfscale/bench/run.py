@@ -8,14 +8,15 @@ from typing import Any
 from rlhfscale.bench import flops, rounds
 from rlhfscale.bench.cases import CASES, PEERS, Case, jobs
 from rlhfscale.params import ParamsError
+from rlhfscale.samplers import vllm
 
 MIB = 2**20
 
 
 def select(what: str, peer_python: str) -> list[Case]:
-    """The cases of a benchmark, of ``all``, or one by name.
+    """The cases of a benchmark, of ``all``, or one by name; of ``all``, vLLM's are left out where it is missing.
 
-    Raises ParamsError for an unknown name, or where PPO's peer is not installed.
+    Raises ParamsError for an unknown name, or where a peer is not installed.
     """
     benches = sorted({case.bench for case in CASES.values()})
     chosen = [case for case in CASES.values() if what in ("all", case.bench, case.name)]
@@ -23,6 +24,11 @@ def select(what: str, peer_python: str) -> list[Case]:
         raise ParamsError(f"bench: {what!r} is not one of all, {', '.join(benches)}, {', '.join(CASES)}")
     if any(case.bench == "ppo" for case in chosen) and shutil.which(peer_python) is None:
         raise ParamsError(f"--peer-python: {peer_python} is not there; `make bench` sets up PPO's peer")
+    if any(case.bench == "vllm" for case in chosen) and not vllm.available():
+        if what != "all":
+            raise ParamsError("vllm is not installed; make setup EXTRAS=vllm")
+        print("left out: the cases against vllm, which is not installed; make setup EXTRAS=vllm", file=sys.stderr)
+        chosen = [case for case in chosen if case.bench != "vllm"]
     return chosen
 
 

@@ -1,8 +1,8 @@
 """Which sampler is the fast one, by what was measured.
 
-On one thread of a 2-core CPU, 64 prompts x 8 responses x 64 tokens of SmolLM2-135M in bf16: our Llama decoder 465 tokens
-in a CPU second, vLLM's own `LLM.generate` 370. With models of some million parameters vLLM's work around each token
-takes longer than the token: 100k parameters, 14k tokens/s against 32k of transformers' generate.
+On one thread of a 2-core CPU, 64 prompts x 8 responses x 64 tokens of SmolLM2-135M in bf16: our Llama decoder 465
+tokens in a CPU second, vLLM's own `LLM.generate` 370. With models of some million parameters vLLM's work around each
+token takes longer than the token: 100k parameters, 14k tokens/s against 32k of transformers' generate.
 """
 
 from typing import Literal, NamedTuple

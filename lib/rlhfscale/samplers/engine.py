@@ -70,7 +70,12 @@ class Engine:
         """What the other side checks requests against."""
         config = self.llm.llm_engine.vllm_config.model_config
         eos = getattr(config.hf_config, "eos_token_id", None)
-        return {"context": config.max_model_len, "vocabulary": config.get_vocab_size(), "eos": eos}
+        return {
+            "context": config.max_model_len,
+            "vocabulary": config.get_vocab_size(),
+            "width": config.get_hidden_size(),
+            "eos": eos,
+        }
 
     def load(self, folder: str | None) -> dict[str, Any]:
         """Sample under the adapter in a PEFT folder from now on, or without one.

