@@ -17,7 +17,7 @@ Precision = Literal["bf16", "nf4"]
 Positive = Annotated[int, Field(ge=1)]
 RATE = 1.5e11
 """Rough FLOP/s of one CPU thread in bfloat16, for plans only."""
-PROMPT_TOKENS, RESPONSE_TOKENS = 48, 10
+PROMPT_TOKENS, RESPONSE_TOKENS = 46, 3
 """Rough lengths of a conversation and of a tuned model's answer, for plans only."""
 
 
@@ -89,7 +89,7 @@ class Answers(Spec):
 
 
 class Tuned(Spec):
-    """A chat model fine-tuned on its own right answers (rejection sampling), the shortest to each question."""
+    """A chat model fine-tuned to give its own right answers (rejection sampling) without the words around them."""
 
     stage: ClassVar[str] = "tuned"
     runner: ClassVar[str] = "rlhfscale.language_stages:tuned"

@@ -70,10 +70,10 @@ def answers(spec: language.Answers, inputs: Inputs, folder: Path) -> None:
 def tuned(spec: language.Tuned, inputs: Inputs, folder: Path) -> None:
     """model/, adapters folded in and rounded to bfloat16; train.csv."""
     tokenizer, policy = load(spec.base, inputs, precision="fp32", rank=spec.lora_rank, seed=spec.seed)
-    data = answer_data.Answers.load(inputs[spec.data.key])
-    accepted = data.accepted()
-    chosen = data.sequences(tokenizer)[accepted[:, 0] * data.lengths.shape[1] + accepted[:, 1]]
-    losses = finetune(policy, chosen, epochs=spec.epochs, batch_size=spec.batch_size, lr=spec.lr, seed=(spec.seed, 0))
+    accepted = answer_data.Answers.load(inputs[spec.data.key]).accepted(tokenizer)
+    losses = finetune(
+        policy, accepted, epochs=spec.epochs, batch_size=spec.batch_size, lr=spec.lr, seed=(spec.seed, 0)
+    )
     policy.merged_policy().bfloat16().save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     pd.DataFrame({"train_loss_nats": losses}).to_csv(folder / "train.csv", index_label="step")

@@ -24,7 +24,8 @@ class Fixed(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    max_new_tokens: int = Field(24, description="tokens at which a response is cut")
+    chat_tokens: int = Field(32, description="tokens at which a response of the chat model is cut")
+    max_new_tokens: int = Field(12, description="tokens at which a response of all others is cut")
     rejection_samples: int = Field(4, description="responses to each question in rejection sampling")
     rejection_temperature: float = Field(0.7, description="their temperature; all others are sampled at 1")
     tuned_epochs: int = Field(2, description="passes over the accepted responses")
@@ -150,7 +151,7 @@ class RealModel(StudyFigure):
             tasks=self.tasks,
             num_prompts=num_prompts,
             num_samples=num_samples,
-            max_new_tokens=FIXED.max_new_tokens,
+            max_new_tokens=FIXED.chat_tokens if model == self.chat else FIXED.max_new_tokens,
             temperature=1.0,
             prompt_seed=EVALUATION if kind == EVALUATION else 10 * seed + kind,
             seed=seed,

@@ -78,12 +78,14 @@ class Answers:
         right = self.right.reshape(-1).astype(np.float32)
         return Labelled(self.sequences(tokenizer), group, right, right)
 
-    def accepted(self) -> np.ndarray:
-        """int64 [accepted, 2], question and sample: of each question's right and finished responses the shortest."""
-        length = np.where(self.right & self.finished, self.lengths, np.iinfo(np.int32).max)
-        best = length.argmin(1)
-        found = np.flatnonzero((self.right & self.finished).any(1))
-        return np.column_stack([found, best[found]])
+    def accepted(self, tokenizer: PreTrainedTokenizerBase) -> Sequences:
+        """Rejection sampling: the questions with a right answer among the samples, each with that answer alone.
+
+        The words around a right answer are dropped, since the conversation asks for the answer only.
+        """
+        kept = [question for question, right in zip(self.questions, self.right, strict=True) if right.any()]
+        rows = [[*tokenizer.encode(q.answer, add_special_tokens=False), tokenizer.eos_token_id] for q in kept]
+        return Sequences.join(encode(kept, tokenizer), rows, np.ones(len(kept), bool), tokenizer)
 
     def save(self, folder: Path) -> None:
         rows = reasoning.to_rows(self.questions)
