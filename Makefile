@@ -118,7 +118,7 @@ claims: setup
 	@$(BIN)/rlhfscale claims --tier $(TIER)
 
 test: setup-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(if $(filter 0,$(SLOW)),-m "not slow") $(PYTEST_OPTIONS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup $(if $(filter 0,$(SLOW)),-m "not slow") $(PYTEST_OPTIONS)
 
 lint: setup-dev
 	$(BIN)/ruff check

@@ -23,6 +23,8 @@ from rlhfscale.lora import Projection, head_product
 from rlhfscale.packing import Packed
 
 SUPPORTED = (LlamaModel, MistralModel, Qwen2Model)
+SMALL_PRODUCT = 400
+"""Multiplications up to which torch.bmm runs a plain loop, up to five times slower than the library beyond it."""
 CACHED_TOKENS = 2304
 """Tokens in one pass through the layers: intermediate results of more leave a core's caches."""
 
@@ -273,8 +275,8 @@ class LlamaDecoder:
         if not self.keys:
             # keys lie as the product with the queries reads them: for few queries that is twice as fast
             shapes = [(layer.kv_heads, batch, layer.size, self.capacity) for layer in model.layers]
-            self.keys = [x.new_empty(shape) for shape in shapes]
-            self.values = [x.new_empty(shape).mT.contiguous() for shape in shapes]
+            self.keys = [x.new_zeros(shape) for shape in shapes]
+            self.values = [x.new_zeros(shape).mT.contiguous() for shape in shapes]
         for layer, products, keys, values in zip(model.layers, self.products, self.keys, self.values, strict=True):
             to_qkv, to_out, to_gate_up, to_down = products
             qk, v = layer.split(to_qkv(rms_norm(x, *layer.norms[0])[0]), batch)
@@ -294,19 +296,23 @@ class LlamaDecoder:
         """
         heads, batch, new, size = q.shape
         rows = q.unflatten(0, (layer.kv_heads, -1)).transpose(1, 2).reshape(layer.kv_heads * batch, -1, size)
-        p = layer.attend(rows, keys[..., : self.length].flatten(0, 1).mT, bias)
-        mixed = torch.bmm(p, values[:, :, : self.length].flatten(0, 1)).view(layer.kv_heads, batch, -1, new, size)
+        read = bias.shape[-1]
+        p = layer.attend(rows, keys[..., :read].flatten(0, 1).mT, bias)
+        mixed = torch.bmm(p, values[:, :, :read].flatten(0, 1)).view(layer.kv_heads, batch, -1, new, size)
         return mixed.permute(1, 3, 0, 2, 4).reshape(batch * new, heads * size)
 
     def _bias(self, batch: int, new: int, mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
         """[1 or kv head x batch, queries that share keys, keys]: causal, and blind to padding (but never to
         everything)."""
         total, first = self.length + new, self.model.layers[0]
-        bias = torch.full((new, total), torch.finfo(dtype).min / 2, dtype=dtype).triu_(1 + total - new)[None]
         shared = first.heads // first.kv_heads
+        # a few positions too many, which nobody sees, rather than too few for torch's fast product
+        read = min(self.capacity, max(total, 1 + SMALL_PRODUCT // (first.size * shared * new)))
+        bias = torch.full((new, read), torch.finfo(dtype).min / 2, dtype=dtype).triu_(1 + total - new)[None]
         if mask is None:
             return bias.repeat(1, shared, 1)
-        padding = torch.zeros(mask.shape, dtype=dtype).masked_fill_(mask == 0, torch.finfo(dtype).min / 2)
+        padding = torch.zeros(len(mask), read, dtype=dtype)
+        padding[:, :total].masked_fill_(mask == 0, torch.finfo(dtype).min / 2)
         return (bias + padding[:, None]).repeat(first.kv_heads, shared, 1)
 
     def keep(self, rows: torch.Tensor) -> None:
