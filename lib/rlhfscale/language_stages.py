@@ -71,9 +71,7 @@ def tuned(spec: language.Tuned, inputs: Inputs, folder: Path) -> None:
     """model/, adapters folded in and rounded to bfloat16; train.csv."""
     tokenizer, policy = load(spec.base, inputs, precision="fp32", rank=spec.lora_rank, seed=spec.seed)
     accepted = answer_data.Answers.load(inputs[spec.data.key]).accepted(tokenizer)
-    losses = finetune(
-        policy, accepted, epochs=spec.epochs, batch_size=spec.batch_size, lr=spec.lr, seed=(spec.seed, 0)
-    )
+    losses = finetune(policy, accepted, epochs=spec.epochs, batch_size=spec.batch_size, lr=spec.lr, seed=(spec.seed, 0))
     policy.merged_policy().bfloat16().save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     pd.DataFrame({"train_loss_nats": losses}).to_csv(folder / "train.csv", index_label="step")
