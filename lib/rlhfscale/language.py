@@ -145,13 +145,17 @@ class AnswerReward(Spec):
 
 
 class Aligned(Spec):
-    """The tuned model after PPO against the reward model; policy, value head, reference and reward on one base."""
+    """The tuned model after PPO; policy, value head, reference and reward model on one base.
+
+    The reward is the normalised score plus ``verifier_weight`` for a right answer, less ``missing_eos_penalty``.
+    """
 
     stage: ClassVar[str] = "aligned"
     runner: ClassVar[str] = "rlhfscale.language_stages:aligned"
 
     base: Tuned
     reward_model: AnswerReward
+    verifier_weight: float = Field(ge=0)
     precision: Precision
     tasks: tuple[str, ...]
     num_updates: Positive
@@ -180,7 +184,8 @@ class Aligned(Spec):
 
     @property
     def title(self) -> str:
-        return f"PPO in {self.precision} from {self.base.title}"
+        verified = ", verified" if self.verifier_weight else ""
+        return f"PPO in {self.precision}{verified} from {self.base.title}"
 
 
 class AnswerScores(Spec):

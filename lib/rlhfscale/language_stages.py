@@ -2,7 +2,6 @@
 
 import shutil
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from rlhfscale import checkpoints, language, models, networks, smollm2
 from rlhfscale.data import answers as answer_data
 from rlhfscale.finetune import finetune
 from rlhfscale.networks import SharedBase
-from rlhfscale.rewards import Normalised, OutcomeRewardModel, SharedReward, outcome
+from rlhfscale.rewards import Mixed, Normalised, OutcomeRewardModel, SharedReward, outcome
 from rlhfscale.rewards.metrics import pair_accuracy
 from rlhfscale.rl import PPO, PPOConfig
 from rlhfscale.samplers import Completions, hf, request_seeds
@@ -117,8 +116,13 @@ def aligned(spec: language.Aligned, inputs: Inputs, folder: Path) -> None:
     shared = SharedReward(inputs[spec.reward_model.key] / "model")
     names = PPOConfig.model_fields.keys() & type(spec).model_fields.keys()
     config = PPOConfig(**{name: getattr(spec, name) for name in names})
-    run = PPO(base, tokenizer, Normalised(shared, shared.mean, shared.std), config, seed=spec.seed)
-    asked = _training_questions(spec)
+    stream = _training_questions(spec)
+    verifier = answer_data.Verifier(stream, tokenizer)
+    reward = Mixed([(1.0, Normalised(shared, shared.mean, shared.std)), (spec.verifier_weight, verifier)])
+    run = PPO(base, tokenizer, reward, config, seed=spec.seed)
+
+    def asked(update: int) -> list[reasoning.Question]:
+        return stream[update * spec.prompts_per_update : (update + 1) * spec.prompts_per_update]
 
     def graded(update: int, _: dict[str, float], completions: Completions) -> dict[str, float]:
         found = answer_data.Answers.graded(asked(update), completions, tokenizer)
@@ -184,12 +188,11 @@ def _attached(folder: Path, source: Path) -> SharedReward:
     return shared
 
 
-def _training_questions(spec: language.Aligned) -> Callable[[int], list[reasoning.Question]]:
-    """The questions of each update, the tasks in turn."""
+def _training_questions(spec: language.Aligned) -> list[reasoning.Question]:
+    """The questions of all updates, the tasks in turn."""
     share = -(-spec.num_updates * spec.prompts_per_update // len(spec.tasks))
     by_task = [reasoning.questions(task, "train", share, _entropy("policy", spec.seed)) for task in spec.tasks]
-    stream = [question for together in zip(*by_task, strict=True) for question in together]
-    return lambda update: stream[update * spec.prompts_per_update : (update + 1) * spec.prompts_per_update]
+    return [question for together in zip(*by_task, strict=True) for question in together]
 
 
 def _entropy(stream: str, seed: int) -> int:

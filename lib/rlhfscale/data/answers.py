@@ -99,6 +99,25 @@ class Answers:
         return cls(tuple(Question(**row) for row in rows), **load_file(folder / RESPONSES))
 
 
+class Verifier:
+    """A reward: 1 for a right answer to one of these questions, else 0.
+
+    Args:
+        questions: all that can be asked.
+        tokenizer: of the sequences.
+    """
+
+    def __init__(self, questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase):
+        self._tokenizer = tokenizer
+        self._by_prompt = {tuple(p): q for p, q in zip(encode(questions, tokenizer), questions, strict=True)}
+
+    def score(self, sequences: Sequences) -> np.ndarray:
+        """float32 [sequence]. Raises KeyError for a prompt that is none of the questions."""
+        prompts = [tuple(row[:n].tolist()) for row, n in zip(sequences.ids, sequences.prompt_lengths, strict=True)]
+        answered = zip(prompts, sequences.responses, strict=True)
+        return np.array([reasoning.grade(self._by_prompt[prompt], text) for prompt, text in answered], np.float32)
+
+
 def encode(questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Token ids of each question as a conversation, ready to be answered."""
     return [

@@ -16,15 +16,15 @@ SYSTEM = "Reply with only the final answer."
 """What every conversation begins with."""
 
 TASKS: dict[str, dict[str, Any]] = {
-    "chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2},
-    "products": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2},
-    "gcd": {"min_numbers": 2, "max_numbers": 2, "min_value": 2, "max_value": 40},
-    "lcm": {"min_numbers": 2, "max_numbers": 2, "min_value": 2, "max_value": 15},
-    "letter_counting": {"min_words": 2, "max_words": 3},
+    "chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1},
+    "products": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1},
+    "gcd": {"min_numbers": 2, "max_numbers": 2, "min_value": 2, "max_value": 20},
+    "lcm": {"min_numbers": 2, "max_numbers": 2, "min_value": 2, "max_value": 12},
+    "letter_counting": {"min_words": 2, "max_words": 2},
 }
 """Settings of each reasoning-gym generator."""
 
-HELD_OUT_SHARE = 0.25
+HELD_OUT_SHARE = 0.4
 ATTEMPTS = 40
 """Questions drawn for each one asked for, before there are held to be too few."""
 NUMBER = re.compile(r"-?\d{1,18}")
