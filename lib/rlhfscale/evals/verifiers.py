@@ -79,8 +79,8 @@ def last_boxed(solution: str) -> str | None:
 
 
 def normal_form(answer: str) -> str:
-    """An answer's LaTeX without what does not change its meaning: spacing, units, degrees, brackets' size, ways to write
-    a fraction or a root (the rules of Hendrycks et al. 2021)."""
+    """An answer's LaTeX without what leaves its meaning alone: spacing, units, degrees, the size of brackets, ways to
+    write a fraction or a root (the rules of Hendrycks et al. 2021)."""
     text = answer.replace("\n", "").replace("\\!", "").replace("\\\\", "\\")
     text = text.replace("tfrac", "frac").replace("dfrac", "frac").replace("\\left", "").replace("\\right", "")
     text = text.replace("^{\\circ}", "").replace("^\\circ", "").replace("\\$", "").replace("$", "")
