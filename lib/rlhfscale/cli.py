@@ -1,9 +1,10 @@
 """The command line: ``rlhfscale run | plan | status | claims | bench | evaluate``.
 
-Exit codes: 0 ok, 1 something failed, 2 bad input, 130 interrupted. Nothing here imports torch."""
+Exit codes: 0 ok, 1 something failed, 2 bad input, 130 interrupted. Nothing here imports torch until it is needed."""
 
 import importlib
 import json
+import os
 import signal
 import sys
 import warnings
@@ -160,7 +161,13 @@ def evaluate(
     judge_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for one attempt.")] = 120.0,
     judge_attempts: Annotated[int, typer.Option(min=1, help="Before a request is given up.")] = 6,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests to an endpoint at once.")] = 8,
-    max_missing: Annotated[float, typer.Option(min=0, max=1, help="Share of missing verdicts that fails a run.")] = 0.05,
+    constrained: Annotated[
+        bool,
+        typer.Option("--constrained", help="MT-Bench: read verdicts off probabilities; for weak judges in process."),
+    ] = False,
+    max_missing: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of missing verdicts that fails a run.")
+    ] = 0.05,
     usd_in: Annotated[float, typer.Option(min=0, help="Price of a million tokens to the judge.")] = 0.0,
     usd_out: Annotated[float, typer.Option(min=0, help="Price of a million tokens from the judge.")] = 0.0,
     max_usd: Annotated[float | None, typer.Option(min=0, help="Refuse to ask for more than this.")] = None,
@@ -182,18 +189,20 @@ def evaluate(
 
     Examples:
 
-    - `rlhfscale evaluate --policy runs/ppo --benchmark mt_bench --judge endpoint:gpt-4 --judge-url https://api.openai.com/v1`
-    - `rlhfscale evaluate --policy smollm2 --judge hf:smollm2 --questions 8 --max-missing 1` checks the plumbing offline
+    - `rlhfscale evaluate --policy runs/ppo --judge endpoint:gpt-4 --judge-url https://api.openai.com/v1`
+    - `rlhfscale evaluate --policy smollm2 --judge hf:smollm2 --constrained --questions 8` checks the plumbing offline
     - `rlhfscale evaluate --policy runs/ppo --benchmark gsm8k --data FOLDER --samples 8 --temperature 1`
 
     Interrupt it at any time: running it again asks only for what is missing.
     """
+    options = {name: value for name, value in locals().items() if name not in ("store", "out")}
     with _errors() as console:
         if store:
             os.environ["RLHFSCALE_STORE"] = str(store.absolute())
-        from rlhfscale.evals import command  # imports torch
+        from rlhfscale.evals import command  # it imports torch
 
-        command.run(console, out, command.Options(**{name: value for name, value in locals().items()}))
+        folder = out or paths.results_root() / "custom" / benchmark / Path(policy).name
+        command.run(command.Options(**options), folder, console)
 
 
 def _load(tier: str, wanted: list[str] | None, results: Path) -> list[runner.Figure]:

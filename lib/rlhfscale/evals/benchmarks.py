@@ -50,6 +50,8 @@ class Ask:
         cache: of its replies.
         max_missing: largest share of missing verdicts; more fail the run.
         max_tokens: of the judge's output.
+        constrained: read MT-Bench's verdict off the probabilities of its possible values instead of a text. For judges
+            in process that are too weak to keep to the format; it departs from the benchmark.
         on_reply: called with (replies had, all) as they come.
         on_estimate: called with the cost before anything is asked; what it raises stops the run.
         usd_per_million: price of a million tokens in and out, for that.
@@ -59,6 +61,7 @@ class Ask:
     cache: Cache
     max_missing: float = 0.05
     max_tokens: int = 2048
+    constrained: bool = False
     on_reply: Callable[[int, int], None] | None = None
     on_estimate: Callable[[Estimate], None] | None = None
     usd_per_million: tuple[float, float] = (0.0, 0.0)
@@ -141,9 +144,11 @@ def mt_single(questions: Sequence[Question], prompts: Mapping[str, Any], answers
     if ask.judge.scores:
         raise JudgeError(f"judge {ask.judge.name} gives scores, not text: MT-Bench takes it in pairs only")
     requests = mt_single_requests(questions, prompts, answers, ask.max_tokens)
+    requests = _constrained(requests, ask, "Rating: [[", tuple("123456789"))
     rows = []
     for request, reply in zip(requests, ask.replies(requests), strict=True):
-        score = None if reply.error else mt_bench.score_of(reply.text, request.answers)
+        quoted = () if request.choices else request.answers
+        score = None if reply.error else mt_bench.score_of(_verdict_text(request, reply), quoted)
         rows.append((score, len(request.answers[-1]), reply.error or ("" if score is not None else NO_VERDICT)))
     keys = [(question.question_id, question.category, turn) for question in questions for turn in (1, 2)]
     table = pd.DataFrame(
@@ -183,11 +188,14 @@ def mt_pairs(
     """Winners: question_id, category, turn, winner (model_1, model_2, tie; None where missing), game_1, game_2,
     num_chars_1, num_chars_2, error."""
     requests = mt_pair_requests(questions, prompts, first, second, ask.max_tokens)
+    requests = _constrained(requests, ask, "[[", ("A", "B", "C"))
     verdicts, errors = [], []
     for request, reply in zip(requests, ask.replies(requests), strict=True):
         verdict = None
         if not reply.error:
-            verdict = _by_score(reply) if reply.scores else mt_bench.pair_of(reply.text, request.answers)
+            quoted = () if request.choices else request.answers
+            text = _verdict_text(request, reply)
+            verdict = _by_score(reply) if reply.scores else mt_bench.pair_of(text, quoted)
         verdicts.append(verdict)
         errors.append(reply.error or ("" if verdict else NO_VERDICT))
     rows = []
@@ -202,6 +210,16 @@ def mt_pairs(
     table = pd.DataFrame(rows, columns=columns)
     _check(table["winner"].isna(), table["error"], ask)
     return table
+
+
+def _constrained(requests: list[Request], ask: Ask, prefill: str, choices: tuple[str, ...]) -> list[Request]:
+    if not ask.constrained or ask.judge.scores:
+        return requests
+    return [replace(request, prefill=prefill, choices=choices, max_tokens=1) for request in requests]
+
+
+def _verdict_text(request: Request, reply: Reply) -> str:
+    return f"{request.prefill}{reply.text}]]" if request.choices else reply.text
 
 
 def _by_score(reply: Reply) -> str:

@@ -50,6 +50,7 @@ class Request:
         answers: the candidates' answers, in the order shown.
         reference: a gold answer, for verifiers.
         choices: if not empty, the judge's first token is to be one of these, and their log-probabilities are wanted.
+        prefill: begins the judge's output; its choice follows. Judges in process only.
         max_tokens: of the judge's output.
         temperature: 0 is greedy.
     """
@@ -60,6 +61,7 @@ class Request:
     answers: tuple[str, ...] = ()
     reference: str = ""
     choices: tuple[str, ...] = ()
+    prefill: str = ""
     max_tokens: int = 2048
     temperature: float = 0.0
 
@@ -315,6 +317,8 @@ class Endpoint:
         put: Callable[[tuple[int, Reply]], None],
         stop: list[Callable[[], None]],
     ) -> None:
+        if any(request.prefill for request in requests):
+            raise JudgeError("an endpoint cannot begin its output for it: constrained verdicts need a judge in process")
         try:
             from openai import AsyncOpenAI
         except ImportError as error:
@@ -499,7 +503,8 @@ class Local:
         encoded = self.tokenizer.apply_chat_template(
             list(request.messages), add_generation_prompt=True, return_dict=True
         )
-        return list(encoded["input_ids"])
+        prefill = self.tokenizer.encode(request.prefill, add_special_tokens=False) if request.prefill else []
+        return [*encoded["input_ids"], *prefill]
 
     def _write(self, requests: list[Request], prompts: list[list[int]]) -> list[Reply]:
         found = self.sample(
