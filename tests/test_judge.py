@@ -11,7 +11,7 @@ import pytest
 
 import tiny_chat
 from judge_server import MODEL, JudgeServer
-from rlhfscale.evals import judge
+from rlhfscale.evals import judge, revisions
 from rlhfscale.evals.judge import Cache, Endpoint, JudgeError, Reply, Request, TooManyMissing, collect
 
 
@@ -293,13 +293,13 @@ def test_a_verifier_as_judge_and_scores_that_are_none(tmp_path):
 
 def test_a_folders_revision_follows_its_content(tmp_path):
     with pytest.raises(FileNotFoundError, match="no model folder"):
-        judge.folder_revision(tmp_path)
+        revisions.folder_revision(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"x" * 3_000_000)
-    first = judge.folder_revision(tmp_path)
-    assert first == judge.folder_revision(tmp_path)
+    first = revisions.folder_revision(tmp_path)
+    assert first == revisions.folder_revision(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"x" * 2_999_999 + b"y")
-    assert judge.folder_revision(tmp_path) != first
+    assert revisions.folder_revision(tmp_path) != first
 
 
 def test_importing_judges_imports_neither_torch_nor_openai():

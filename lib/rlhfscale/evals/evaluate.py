@@ -5,6 +5,7 @@ Answers and judgments are kept as they come, so a run that was cut short goes on
 
 import functools
 import hashlib
+import importlib
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -18,11 +19,10 @@ import pandas as pd
 from rlhfscale import paths
 from rlhfscale.evals import alpaca_eval, benchmarks, sources
 from rlhfscale.evals.benchmarks import Ask
-from rlhfscale.evals.judge import Cache, Endpoint, Judge, Local, folder_revision, reward_judge
+from rlhfscale.evals.judge import Cache, Endpoint, Judge, Local, reward_judge
+from rlhfscale.evals.revisions import SMOLLM2, folder_revision
 from rlhfscale.stats.claims import replace_file
 
-SMOLLM2 = "smollm2"
-"""Stands for SmolLM2-135M-Instruct from its package."""
 BOOTSTRAP_SEED = 20241209
 JUDGES = "endpoint:MODEL, hf:FOLDER, vllm:FOLDER, reward:FOLDER, or verifier (gsm8k, math)"
 
@@ -35,7 +35,7 @@ class Policy:
         sample, tokenizer, context: see `benchmarks.answer`.
         model: the transformers model.
         name: its folder's name.
-        revision: see `judge.folder_revision`.
+        revision: see `revisions.folder_revision`.
     """
 
     sample: Callable[..., Any]
@@ -148,7 +148,7 @@ def open_judge(
 
         return reward_judge(OutcomeRewardModel.load(folder), tokenizer, **about)
     try:
-        from rlhfscale.samplers.vllm import VLLM
+        VLLM = importlib.import_module("rlhfscale.samplers.vllm").VLLM
     except ImportError:
         raise ValueError("judge: vllm: is not available in this installation; take hf:") from None
     return Local(VLLM(folder, dtype=dtype).sample, tokenizer, batch_size=256, **about)

@@ -460,7 +460,7 @@ class Local:
         sample: a sampler: ``functools.partial(samplers.hf.sample, model)``, or the method of any sampler with its
             arguments and result, such as vLLM's.
         tokenizer: with a chat template; the judge's messages go through it.
-        name, revision: of the model, such as its folder and `folder_revision`.
+        name, revision: of the model, such as its folder and `revisions.folder_revision`.
         model: the transformers model, where log-probabilities of choices are asked for.
         context: tokens of prompt and output that fit; a longer prompt is a reply with an error.
         batch_size: requests sampled together; their replies are stored before the next ones are asked.
@@ -552,31 +552,6 @@ def _batches(order: list[int], size: int, way: Callable[[int], Any]) -> Iterator
         batch.append(index)
     if batch:
         yield batch
-
-
-def folder_revision(folder: str | Path) -> str:
-    """16 hexadecimal digits over a model folder's weights, configuration and tokenizer.
-
-    Of each file its name, size and first and last mebibyte count, so a large model takes no time.
-
-    Raises:
-        FileNotFoundError: no model folder.
-    """
-    folder, chunk = Path(folder), 1 << 20
-    digest = hashlib.sha256()
-    suffixes = {".safetensors", ".json", ".jinja", ".model", ".txt"}
-    files = sorted(path for path in folder.rglob("*") if path.suffix in suffixes and path.is_file())
-    if not any(path.name in ("config.json", "adapter_config.json") for path in files):
-        raise FileNotFoundError(f"{folder}: no model folder: it has no config.json")
-    for path in files:
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(folder)}:{size}:".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(chunk))
-            if size > chunk:
-                file.seek(max(chunk, size - chunk))
-                digest.update(file.read(chunk))
-    return digest.hexdigest()[:16]
 
 
 # Judges that score.

@@ -5,6 +5,7 @@ is given: 40 hexadecimal digits, since a branch would change under a result. Wit
 put where.
 """
 
+import hashlib
 import importlib.util
 import json
 import re
@@ -109,6 +110,14 @@ def _advice(benchmark: str, name: str) -> str:
     if name in HUB.get(benchmark, ("", {}))[1]:
         ways.append(f"the hub's {HUB[benchmark][0]}, by --data-revision with a commit's 40 digits")
     return f"{benchmark}: {name} is missing; it can come from " + "; or from ".join(ways)
+
+
+def mt_bench_revision(folder: Path | None = None) -> str:
+    """16 hexadecimal digits over the questions, references and judge prompts. Raises SourceMissing."""
+    digest = hashlib.sha256()
+    for name in FILES["mt_bench"]:
+        digest.update(locate("mt_bench", name, folder).read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def mt_bench_questions(folder: Path | None = None) -> list[Question]:
