@@ -349,7 +349,8 @@ def benchmarks(summary: pd.DataFrame, mt_bench: pd.DataFrame | None = None) -> F
     """
     rows = [(name, _rows(summary, "win_rate", model=name)) for name in _rows(summary, "win_rate")["model"]]
     place = {name: float(len(rows) - index) for index, (name, _) in enumerate(rows)}
-    caption = _caption(_rows(summary, "win_rate"), "planted models against a baseline, ")
+    first = _rows(summary, "win_rate").iloc[0]
+    caption = f"Planted models: 95% intervals ({first.ci_method}), {first.num_prompts} instructions each."
     for name in ("refit", "published"):
         row = _rows(summary, "coverage", interval=name).iloc[0]
         label = {"refit": "intervals that refit", "published": "the published standard error"}[name]
