@@ -34,6 +34,7 @@ from rlhfscale.stats.bootstrap import Interval, bootstrap
 BENCHMARKS = ("mt_bench", "alpaca_eval", "arena_hard", "gsm8k", "math")
 CONTINUE = "continue your judgment and finish by outputting a final verdict label"
 """Arena-Hard asks this once of a judge that gave no label."""
+_GAMES = ("game_1", "game_2")
 NO_VERDICT = "no verdict in the judge's output"
 SOLVE = {
     "gsm8k": "{question}\n\nThink step by step and end with a line that holds #### and the number alone.",
@@ -244,9 +245,16 @@ def mt_summary(scores: pd.DataFrame, rng: np.random.Generator, **about: Any) -> 
 
 
 def mt_pair_summary(pairs: pd.DataFrame, rng: np.random.Generator, **about: Any) -> pd.DataFrame:
-    """The first model's adjusted win rate, and the difference in length."""
+    """The first model's adjusted win rate, the difference in length, and the share of decided games that went to the
+    answer shown first: 0.5 for a judge that does not look at the place."""
     missing = int(pairs["winner"].isna().sum())
     rows = [_row("mt_bench/win_rate_adjusted", mt_bench.pair_interval(pairs, rng=rng), missing, **about)]
+    games = pd.concat([pairs[["question_id", name]].set_axis(["question_id", "won"], axis=1) for name in _GAMES])
+    decided = games[games["won"].isin(["A", "B"])]
+    first = (decided["won"] == "A").groupby(decided["question_id"]).mean().to_numpy(float)
+    if len(first) >= 2:
+        interval = bootstrap(first, np.mean, unit="prompt", rng=rng, on="means")
+        rows.append(_row("mt_bench/first_place", interval, int(games["won"].isna().sum()), **about))
     by_question = (pairs["num_chars_1"] - pairs["num_chars_2"]).groupby(pairs["question_id"]).mean()
     interval = bootstrap(by_question.to_numpy(), np.mean, unit="prompt", rng=rng, on="means")
     rows.append(_row("mt_bench/extra_chars", interval, 0, **about))
