@@ -191,10 +191,11 @@ def mt_pairs(
     requests = mt_pair_requests(questions, prompts, first, second, ask.max_tokens)
     requests = _constrained(requests, ask, "[[", ("A", "B", "C"))
     verdicts, errors = [], []
-    for request, reply in zip(requests, ask.replies(requests), strict=True):
-        verdict = None
+    for place, (request, reply) in enumerate(zip(requests, ask.replies(requests), strict=True)):
+        verdict, turn = None, place % 4 // 2 + 1
         if not reply.error:
-            quoted = () if request.choices else request.answers
+            shown = [*first[place // 4][:turn], *second[place // 4][:turn]]
+            quoted = () if request.choices else shown
             text = _verdict_text(request, reply)
             verdict = _by_score(reply) if reply.scores else mt_bench.pair_of(text, quoted)
         verdicts.append(verdict)
