@@ -15,7 +15,8 @@ class JudgeServer:
 
     Attributes:
         script: actions by the user message's first word, one for each time it is asked, then ``ok``. Actions: ok,
-            sleep, drip, cut, reset, truncated, html, no-choices, empty, wrong-model, or an HTTP status.
+            sleep, drip, cut, reset, truncated, html, no-choices, empty, wrong-model, new-field, or an HTTP
+            status.
         asked: number of requests by first word.
         most_at_once: requests in flight at the same time, at the most.
     """
@@ -83,6 +84,9 @@ class JudgeServer:
         elif action == "no-choices":
             reply["choices"] = []
         content = json.dumps(reply).encode()
+        if action == "new-field" and "max_tokens" in body:
+            error = {"error": {"message": "'max_tokens' is not supported, use 'max_completion_tokens'", "code": None}}
+            return self._send(handler, json.dumps(error).encode(), status=400)
         if isinstance(action, int):
             error = {"error": {"message": f"scripted {action}", "code": None}}
             headers = {"Retry-After": "0.3"} if action == 429 else {}

@@ -18,6 +18,7 @@ Layout of DIR (any part may be missing, its rows then fail; files may be without
 """
 
 import argparse
+import dataclasses
 import re
 import sys
 import time
@@ -154,6 +155,12 @@ def alpaca(data: Data, row: pd.Series, all_rows: pd.DataFrame) -> float:
     if metric in ("length_controlled_winrate", "lc_standard_error"):
         fitted = data.length_controlled(model, None)
         return fitted.win_rate if metric == "length_controlled_winrate" else fitted.standard_error
+    if metric in ("length_controlled_noreg", "length_controlled_minimal"):
+        annotations = data.annotations(model)
+        if metric == "length_controlled_minimal":
+            annotations = dataclasses.replace(annotations, difficulty=np.zeros(len(annotations)))
+        rng = np.random.default_rng(BOOTSTRAP_SEED)
+        return alpaca_eval.length_controlled(annotations, None, C=noted_C(row["note"]), rng=rng).win_rate
     if metric == "glm_C":
         return data.length_controlled(model, None).C
     if metric in ("length_controlled_winrate@C", "lc_standard_error@C", *WEIGHTS):
@@ -168,11 +175,15 @@ def published_C(row: pd.Series, all_rows: pd.DataFrame) -> float | None:
     """C from the row's note, else from another row of the model, else None: chosen by cross-validation."""
     same = all_rows[(all_rows["bench"] == row["bench"]) & (all_rows["model"] == row["model"])]
     for note in (row["note"], *same["note"]):
-        found = re.search(r"\bC\s*=\s*([0-9.]+(?:e[+-]?[0-9]+)?)", str(note))
-        if found:
-            return float(found.group(1))
+        if (stated := noted_C(note)) is not None:
+            return stated
     stated = same.loc[same["metric"] == "glm_C", "expected"]
     return float(stated.iloc[0]) if len(stated) else None
+
+
+def noted_C(note: object) -> float | None:
+    found = re.search(r"\bC\s*=\s*([0-9.]+(?:e[+-]?[0-9]+)?)", str(note))
+    return float(found.group(1)) if found else None
 
 
 def alpaca_from_weights(data: Data, row: pd.Series, _: pd.DataFrame) -> float:

@@ -75,6 +75,13 @@ def test_a_request_that_is_refused_is_reported_and_the_others_go_on(tmp_path):
     assert server.asked["a"] == 1 and fine.text
 
 
+def test_an_endpoint_that_wants_the_new_name_of_the_length_gets_it(tmp_path):
+    with JudgeServer({"a": ["new-field"] * 9, "b": ["new-field"] * 9}) as server:
+        replies = collect(endpoint(server, concurrency=1), requests("a", "b", max_tokens=7), Cache(tmp_path))
+    assert all(reply.text for reply in replies) and server.asked == {"a": 2, "b": 1}
+    assert server.bodies[-1]["max_completion_tokens"] == 7 and "max_tokens" not in server.bodies[-1]
+
+
 @pytest.mark.parametrize(("action", "words"), [(401, "401"), (404, MODEL), ("wrong-model", "another-judge")])
 def test_a_judge_that_is_not_the_one_asked_for_ends_the_run_and_nothing_is_lost(tmp_path, action, words):
     with JudgeServer({"c": [action]}) as server:

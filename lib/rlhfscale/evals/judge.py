@@ -27,6 +27,7 @@ from rlhfscale.stats.claims import replace_file
 
 Message = dict[str, str]
 """``role`` and ``content``, as in OpenAI's chat API."""
+NEW_TOKENS_FIELD = "max_completion_tokens"
 CHARS_PER_TOKEN = 3.5
 """Rough, on the dear side for English, for cost estimates only."""
 
@@ -281,6 +282,8 @@ class Endpoint:
     max_backoff_s: float = 60.0
     concurrency: int = 8
     scores: bool = field(default=False, init=False)
+    tokens_field: str = field(default="max_tokens", init=False)
+    """What the endpoint calls the largest length; newer models of OpenAI refuse the old name and say the new one."""
 
     def ask(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply]]:
         """As `Judge.ask`. Timeouts, broken connections, 408, 409, 429, 5xx, broken JSON and empty text are tried again;
@@ -380,10 +383,10 @@ class Endpoint:
         options: dict[str, Any] = {}
         if request.choices:
             options = {"logprobs": True, "top_logprobs": 5}
+        options[self.tokens_field] = request.max_tokens
         call = client.chat.completions.create(
             model=self.name,
             messages=list(request.messages),
-            max_tokens=request.max_tokens,
             temperature=request.temperature,
             timeout=self.timeout_s,
             **options,
@@ -408,6 +411,9 @@ class Endpoint:
             return JudgeError(f"{self.base_url}: {code} for model {self.name!r}: {about}")
         if code in (408, 409, 429) or code >= 500:
             return _Retry(f"HTTP {code}", _seconds(error.response.headers.get("retry-after")))
+        if code == 400 and self.tokens_field != NEW_TOKENS_FIELD and NEW_TOKENS_FIELD in about:
+            self.tokens_field = NEW_TOKENS_FIELD
+            return _Retry(f"HTTP {code}: {about}")
         return _Refused(f"HTTP {code}: {about}")
 
     def _read(self, found: Any, request: Request) -> Reply:
