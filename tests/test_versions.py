@@ -27,6 +27,7 @@ TRAINERS = tuple(
     f"rl/{name}"
     for name in ("config", "ppo", "loop", "learner", "rollout", "logprobs", "kl", "advantages", "losses", "metrics")
 )
+EVALS = tuple(f"evals/{name}" for name in ("benchmarks", "evaluate", "judge", "mt_bench", "revisions", "sources"))
 MODULES = {
     "pretrain": TRAINING,
     "sft": TRAINING,
@@ -34,6 +35,7 @@ MODULES = {
     "reward_model": REWARD,
     "policy": (*REWARD, "rewards/shared", "networks", *TRAINERS),
     "scores": REWARD,
+    "mt_bench": (*SAMPLING, "smollm2", *EVALS),
 }
 """The modules that decide what each stage makes; of stages.py, the stage's function and what it calls there counts."""
 
@@ -103,6 +105,9 @@ def test_the_code_behind_a_stage_is_that_of_its_version(stage):
 def test_the_list_of_modules_is_complete(stage):
     """Every module of the package that the listed ones import at run time is listed too, or makes no numbers."""
     harmless = {"__init__", "data/__init__", "samplers/__init__", "rewards/__init__", "rl/__init__", "spec", "specs"}
+    if stage == "mt_bench":  # other benchmarks, intervals, and judges that it does not take
+        harmless |= {f"evals/{name}" for name in ("__init__", "alpaca_eval", "arena_hard", "verifiers")}
+        harmless |= {"results", "paths", "stats/bootstrap", "stats/claims", "sequences"}
     for name in MODULES[stage]:
         for node in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("rlhfscale"):

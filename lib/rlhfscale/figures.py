@@ -1,10 +1,12 @@
 """The figures' parameters: what each notebook varies, and the specs that follow from it."""
 
+import os
 from typing import Any, ClassVar, Self
 
 from pydantic import model_validator
 
 from rlhfscale import ladder, specs
+from rlhfscale.evals import revisions, sources
 from rlhfscale.params import FigureParams, field
 from rlhfscale.recipe import Recipe
 from rlhfscale.spec import Spec
@@ -270,6 +272,89 @@ class Walkthrough(RecipeFigure):
 
     def specs(self) -> tuple[Spec, ...]:
         return self.sft, self.reward_model, self.before
+
+
+class Benchmarks(RecipeFigure):
+    """The chat benchmarks' metrics on judgments whose truth is planted, then MT-Bench of two policies.
+
+    MT-Bench needs the questions, the policies and the judge. Where one of them is not installed the figure is made
+    without it (`missing` says what to install).
+    """
+
+    figure: ClassVar[str] = "30_benchmarks"
+    title: ClassVar[str] = "Chat benchmarks: win rates, lengths, and intervals that hold"
+    judge_tokens: ClassVar[int] = 2048
+    """Of each judgment, as FastChat has it."""
+    max_missing: ClassVar[float] = 0.05
+    """Share of missing verdicts that fails the run."""
+    dtype: ClassVar[str] = "bf16"
+    """Of models in process."""
+
+    seed: int = field(role="scientific", ge=1, doc="of the planted judgments and of the policies' samples")
+    win_rates: tuple[float, ...] = field(role="scientific", min_length=1, doc="planted, percent at equal length")
+    extra_chars: tuple[int, ...] = field(
+        role="scientific", min_length=1, doc="by which each model's answers are longer"
+    )
+    num_instructions: int = field(role="fixed", ge=20, doc="planted judgments of each model")
+    num_simulations: int = field(role="fixed", ge=2, doc="simulated evaluations for the coverage of intervals")
+    num_refits: int = field(role="fixed", ge=10, doc="bootstrap refits of each length-controlled interval")
+    before: str = field(role="scientific", doc="policy before RLHF: smollm2, or a model or adapter folder")
+    after: str = field(role="scientific", doc="policy after RLHF")
+    before_temperature: float = field(role="scientific", ge=0, doc="of its answers; 0 is greedy")
+    after_temperature: float = field(role="scientific", ge=0, doc="of its answers")
+    judge: str = field(role="scientific", doc="endpoint:MODEL, hf:FOLDER, vllm:FOLDER or reward:FOLDER")
+    constrained: bool = field(role="fixed", doc="read verdicts off probabilities, for judges too weak for the format")
+    num_questions: int = field(role="fixed", ge=2, le=80, doc="MT-Bench questions, of all categories in turn")
+    max_new_tokens: int = field(role="fixed", ge=1, doc="of each answer")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if len(self.win_rates) != len(self.extra_chars):
+            raise ValueError("extra_chars: needs one value for each of win_rates")
+        if not all(0 < rate < 100 for rate in self.win_rates):
+            raise ValueError(f"win_rates: {list(self.win_rates)} must be between 0 and 100, both excluded")
+        kind, _, source = self.judge.partition(":")
+        if kind not in ("endpoint", "hf", "vllm", "reward") or not source:
+            raise ValueError(f"judge: {self.judge!r} is none of endpoint:MODEL, hf:FOLDER, vllm:FOLDER, reward:FOLDER")
+        return self
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        return (self.seed,)
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """What MT-Bench lacks here, with the command that brings it."""
+        found = []
+        try:
+            sources.mt_bench_revision()
+        except FileNotFoundError as error:
+            found.append(str(error))
+        kind, _, source = self.judge.partition(":")
+        local = {self.before, self.after} | (set() if kind == "endpoint" else {source})
+        for name in sorted(name for name in local if not revisions.installed(name)):
+            hint = "make setup EXTRAS=smollm2" if name == revisions.SMOLLM2 else "no such model folder"
+            found.append(f"{name}: {hint}")
+        if kind == "endpoint" and not os.environ.get("OPENAI_BASE_URL"):
+            found.append(f"{self.judge}: set OPENAI_BASE_URL to its address")
+        return tuple(found)
+
+    def specs(self) -> tuple[Spec, ...]:
+        if self.missing:
+            return ()
+        kind, _, source = self.judge.partition(":")
+        names = ("before_temperature", "after_temperature", "judge", "constrained", "num_questions", "max_new_tokens")
+        names += ("judge_tokens", "max_missing", "dtype", "seed")
+        spec = specs.MTBench(
+            before=self.before,
+            before_revision=revisions.revision(self.before),
+            after=self.after,
+            after_revision=revisions.revision(self.after),
+            judge_revision="" if kind == "endpoint" else revisions.revision(source),
+            questions_revision=sources.mt_bench_revision(),
+            **{name: getattr(self, name) for name in names},
+        )
+        return (spec,)
 
 
 def _changed(spec: Spec, **fields: Any) -> Any:

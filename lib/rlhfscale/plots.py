@@ -391,6 +391,68 @@ def real_model(runs: pd.DataFrame, summary: pd.DataFrame, training: pd.DataFrame
     return figure
 
 
+@_styled
+def benchmarks(summary: pd.DataFrame, mt_bench: pd.DataFrame | None = None) -> Figure:
+    """Win rates with intervals beside the difference in length, a row for each model.
+
+    Args:
+        summary: the common columns and ``model``, ``planted`` (the true win rate at equal length, percent),
+            ``interval``; quantities ``win_rate`` and ``length_controlled`` in percent, ``extra_chars``, and
+            ``coverage`` of the two kinds of ``interval`` for the caption.
+        mt_bench: estimates of MT-Bench, whose pairs are drawn as a further row; None leaves it out.
+    """
+    rows = [(name, _rows(summary, "win_rate", model=name)) for name in _rows(summary, "win_rate")["model"]]
+    place = {name: float(len(rows) - index) for index, (name, _) in enumerate(rows)}
+    first = _rows(summary, "win_rate").iloc[0]
+    caption = f"Planted models: 95% intervals ({first.ci_method}), {first.num_prompts} instructions each."
+    for name in ("refit", "published"):
+        row = _rows(summary, "coverage", interval=name).iloc[0]
+        label = {"refit": "intervals that refit", "published": "the published standard error"}[name]
+        caption += f" Coverage of {label}: {row.estimate:.2f} [{row.ci_low:.2f}, {row.ci_high:.2f}]."
+    pairs = None
+    if mt_bench is not None:
+        pairs = _rows(mt_bench, "mt_bench/win_rate_adjusted").iloc[0]
+        caption += f" MT-Bench: {pairs.num_prompts} questions, judge {pairs.judge}."
+    figure, (left, right), legend = _figure(1, 2, 1.3 + 0.42 * (len(place) + (pairs is not None)), caption)
+    kinds = {
+        "win_rate": ("raw", CATEGORIES[7], "o", 0.14),
+        "length_controlled": ("at equal length", CATEGORIES[0], "s", -0.14),
+    }
+    handles = []
+    for quantity, (label, color, marker, shift) in kinds.items():
+        table = _rows(summary, quantity)
+        _across(left, table, table["model"].map(place) + shift, color, marker)
+        handles.append(Line2D([], [], color=color, marker=marker, linestyle="none", label=label))
+    truth = _rows(summary, "length_controlled")
+    left.scatter(
+        truth["planted"], truth["model"].map(place) - 0.14, marker="|", s=120, color="k", linewidths=1.4, zorder=4
+    )
+    handles.append(Line2D([], [], color="k", marker="|", markersize=9, linestyle="none", label="planted truth"))
+    table = _rows(summary, "extra_chars")
+    _across(right, table, table["model"].map(place), CATEGORIES[2], "D")
+    if pairs is not None:
+        percent = pd.DataFrame([pairs[["estimate", "ci_low", "ci_high"]].astype(float) * 100])
+        _across(left, percent, pd.Series([0.0]), CATEGORIES[3], "D")
+        _across(right, _rows(mt_bench, "mt_bench/extra_chars"), pd.Series([0.0]), CATEGORIES[2], "D")
+        handles.append(Line2D([], [], color=CATEGORIES[3], marker="D", linestyle="none", label="MT-Bench pairs"))
+        place = place | {"MT-Bench": 0.0}
+    left.axvline(50, color="0.4", linewidth=0.8)
+    right.axvline(0, color="0.4", linewidth=0.8)
+    left.set(title="win rate", xlabel="percent", xlim=(0, 100), yticks=list(place.values()), yticklabels=list(place))
+    right.set(title="length", xlabel="characters more than the other side", yticks=list(place.values()), yticklabels=[])
+    for axis in (left, right):
+        axis.set_ylim(min(place.values()) - 0.5, max(place.values()) + 0.5)
+    legend(handles, ncols=4)
+    return figure
+
+
+def _across(axis, rows: pd.DataFrame, y: pd.Series, color, marker: str) -> None:
+    """Estimates with intervals along x."""
+    errors = [rows["estimate"] - rows["ci_low"], rows["ci_high"] - rows["estimate"]]
+    style = {"color": color, "marker": marker, "linestyle": "none", "elinewidth": 1.0, "capsize": 1.5, "zorder": 3}
+    axis.errorbar(rows["estimate"], y.to_numpy(), xerr=errors, **style)
+
+
 def _figure(rows: int, columns: int, height: float, caption: str):
     """A figure with its axes and caption, and a function that draws a shared legend between the two."""
     text = "\n".join(textwrap.wrap(caption, 96))

@@ -145,11 +145,7 @@ class ResultsFolder:
             "params_sha256": _sha256(json.dumps(dict(params), sort_keys=True).encode()),
             "runs_sha256": _sha256(runs.read_bytes()) if runs.exists() else None,
             "seeds": list(seeds),
-            **_git_state(),
-            "packages": _versions(PACKAGES),
-            "python": platform.python_version(),
-            "cpu": _cpu_model(),
-            "cpu_cores": os.cpu_count(),
+            **provenance(),
             "artifacts": costs,
             "artifacts_wall_s": round(math.fsum(cost.get("wall_s") or 0 for cost in costs.values()), 3),
             "wall_s": None if wall_s is None else round(wall_s, 3),
@@ -166,6 +162,17 @@ class ResultsFolder:
 
     def _write(self, name: str, content: bytes) -> Path:
         return replace_file(self.path / name, content)
+
+
+def provenance() -> dict[str, Any]:
+    """What a manifest says of code and machine: commit, package versions, processor."""
+    return {
+        **_git_state(),
+        "packages": _versions(PACKAGES),
+        "python": platform.python_version(),
+        "cpu": _cpu_model(),
+        "cpu_cores": os.cpu_count(),
+    }
 
 
 def _csv(table: pd.DataFrame) -> bytes:

@@ -21,6 +21,8 @@ from rlhfscale.data.demonstrations import (
     problem_list,
 )
 from rlhfscale.data.responses import Responses, label
+from rlhfscale.evals import benchmarks, evaluate, sources
+from rlhfscale.evals.judge import Cache
 from rlhfscale.rewards import outcome
 from rlhfscale.rl import PPO, PPOConfig
 from rlhfscale.samplers import Completions, hf, request_seeds
@@ -165,3 +167,28 @@ def scores(spec: specs.Scores, inputs: Inputs, folder: Path) -> None:
 
 def load_responses(inputs: Inputs, spec: specs.Samples) -> Responses:
     return Responses.load(inputs[spec.key] / "responses.safetensors")
+
+
+def mt_bench(spec: specs.MTBench, inputs: Inputs, folder: Path) -> None:
+    """answers.csv (stage, question_id, turn, text), scores.csv (by stage; not for a judge that gives scores) and
+    pairs.csv (model_1 is ``after``). Replies outlive a killed process."""
+    questions = evaluate.subset(sources.mt_bench_questions(), spec.num_questions)
+    prompts, turns = sources.mt_bench_prompts(), [question.turns for question in questions]
+    opened = {source: evaluate.open_policy(source, spec.dtype) for source in {spec.before, spec.after}}
+    given, answers = {}, []
+    for stage in ("before", "after"):
+        policy, temperature = opened[getattr(spec, stage)], getattr(spec, f"{stage}_temperature")
+        decoding = {"max_new_tokens": spec.max_new_tokens, "temperature": temperature, "seed": spec.seed}
+        given[stage] = benchmarks.answer(turns, policy.sample, policy.tokenizer, context=policy.context, **decoding)
+        for question, texts in zip(questions, given[stage], strict=True):
+            answers += [(stage, question.question_id, turn, text) for turn, text in enumerate(texts, 1)]
+    pd.DataFrame(answers, columns=["stage", "question_id", "turn", "text"]).to_csv(folder / "answers.csv", index=False)
+    judge = evaluate.open_judge(spec.judge, revision=spec.judge_revision, dtype=spec.dtype)
+    about = {"max_missing": spec.max_missing, "max_tokens": spec.judge_tokens, "constrained": spec.constrained}
+    with scratch(folder) as kept:
+        ask = benchmarks.Ask(judge, Cache(kept), **about)
+        if not judge.scores:
+            tables = [benchmarks.mt_single(questions, prompts, given[s], ask).assign(stage=s) for s in given]
+            pd.concat(tables).to_csv(folder / "scores.csv", index=False)
+        pairs = benchmarks.mt_pairs(questions, prompts, given["after"], given["before"], ask)
+        pairs.to_csv(folder / "pairs.csv", index=False)

@@ -16,8 +16,9 @@ from safetensors.numpy import load_file
 from rlhfscale import ladder, tasks
 from rlhfscale.data.demonstrations import demonstration_nats, held_out_documents
 from rlhfscale.data.responses import Responses
+from rlhfscale.evals import alpaca_eval, planted
 from rlhfscale.evals import best_of_n as bon
-from rlhfscale.figures import BestOfN, PolicySize, RecipeFigure, StudyFigure, TestBed, Walkthrough
+from rlhfscale.figures import Benchmarks, BestOfN, PolicySize, RecipeFigure, StudyFigure, TestBed, Walkthrough
 from rlhfscale.params import load as load_params
 from rlhfscale.results import ResultsFolder, summary_row
 from rlhfscale.spec import Spec
@@ -74,8 +75,9 @@ def save(P: RecipeFigure, tables: Tables, pictures: Mapping[str, "Figure"], fold
         folder.write_figure(picture, name)
     if tables.claims:
         folder.write_claims(tables.claims)
-    ancestors = {spec.key: spec for root in P.specs() for spec in root.walk()}
-    store = Path(folders[P.specs()[0]]).parent.parent
+    roots = P.specs()
+    ancestors = {spec.key: spec for root in roots for spec in root.walk()}
+    store = Path(folders[roots[0]]).parent.parent if roots else None
     folder.write_manifest(
         P.resolved() | {"recipe_settings": P.settings.model_dump(mode="json")},
         {key: store / spec.stage / key for key, spec in ancestors.items()},
@@ -423,6 +425,92 @@ def walkthrough(P: Walkthrough, folders: Folders, metrics: pd.DataFrame, after: 
     summary.append(summary_row("gain", gain))
     table = pd.concat(runs, ignore_index=True).assign(seed=P.seed, **about)
     return Tables(table, pd.DataFrame(summary), pd.concat(prompts))
+
+
+def benchmarks(P: Benchmarks, folders: Folders) -> Tables:
+    """Planted judgments through the length-controlled metric, with the coverage of its intervals; and MT-Bench.
+
+    The further table mt_bench.csv holds MT-Bench's estimates. Where they cannot be made here, those of the same
+    parameters that stand in the results folder are kept: `mt_bench_note` says so.
+    """
+    node, about = f"planted-{P.hash}", {"figure": P.figure, "command": command(P), "seed": P.seed}
+    runs, summary, prompts = [], [], []
+    for place, (win_rate, extra) in enumerate(zip(P.win_rates, P.extra_chars, strict=True)):
+        model, rng = f"planted {place + 1}", np.random.default_rng((P.seed, place))
+        drawn = planted.annotations(rng, win_rate=win_rate, extra_chars=extra, num_instructions=P.num_instructions)
+        gamed = planted.gamed(rng, num_instructions=P.num_instructions)
+        shown = {"model": model, "planted": win_rate}
+        intervals = {
+            "win_rate": alpaca_eval.win_rate_interval(drawn, rng=_rng()),
+            "length_controlled": alpaca_eval.lc_interval(drawn, gamed, C=planted.C, rng=_rng(), num_draws=P.num_refits),
+            "extra_chars": bootstrap(
+                drawn.len_model - drawn.len_baseline, np.mean, unit="prompt", rng=_rng(), on="means"
+            ),
+        }
+        summary += [summary_row(name, interval, **shown) for name, interval in intervals.items()]
+        cell = about | shown | {"node": node, "rung": "", "num_params": 0, "num_prompts": P.num_instructions}
+        runs += [cell | {"metric": name, "value": interval.estimate} for name, interval in intervals.items()]
+        per_prompt = {"node": node, "seed": P.seed, "metric": "win", "value": drawn.wins, "model": model}
+        prompts.append(pd.DataFrame(per_prompt).rename_axis("prompt_id").reset_index())
+    # of the model whose length and strength differ most from the baseline's
+    hardest = int(np.argmax(np.abs(P.extra_chars)))
+    shares = planted.coverage(
+        seed=P.seed,
+        win_rate=P.win_rates[hardest],
+        extra_chars=P.extra_chars[hardest],
+        num_instructions=P.num_instructions,
+        num_simulations=P.num_simulations,
+        num_refits=P.num_refits,
+    )
+    for name, share in shares.items():
+        low, high = proportion_interval(share, P.num_simulations)
+        summary.append(
+            {"quantity": "coverage", "model": f"planted {hardest + 1}", "interval": name, "estimate": share}
+            | {"ci_low": low, "ci_high": high, "ci_method": "simulations, Wilson", "num_seeds": P.num_simulations}
+            | {"num_prompts": P.num_instructions}
+        )
+    extra = {}
+    mt_bench = _mt_bench(P, folders) if P.specs() else _kept_mt_bench(P)
+    if mt_bench is not None:
+        extra["mt_bench.csv"] = mt_bench
+    return Tables(pd.DataFrame(runs), pd.DataFrame(summary), pd.concat(prompts), extra=extra)
+
+
+def proportion_interval(share: float, count: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's (1927) 95% interval of a share of ``count`` independent trials."""
+    middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z * np.sqrt(share * (1 - share) / count + z**2 / (4 * count**2)) / (1 + z**2 / count)
+    return float(middle - half), float(middle + half)
+
+
+def _mt_bench(P: Benchmarks, folders: Folders) -> pd.DataFrame:
+    from rlhfscale.evals import benchmarks as evals  # it imports torch
+
+    folder = folders[P.specs()[0]]
+    about = {"judge": P.judge, "constrained": P.constrained}
+    pairs = pd.read_csv(folder / "pairs.csv").replace({"winner": {np.nan: None}})
+    tables = [evals.mt_pair_summary(pairs, _rng(), stage="after against before", **about)]
+    if (folder / "scores.csv").is_file():
+        for stage, rows in pd.read_csv(folder / "scores.csv").groupby("stage"):
+            tables.append(evals.mt_summary(rows, _rng(), stage=stage, **about))
+    return pd.concat(tables, ignore_index=True).assign(params_hash=P.hash)
+
+
+def _kept_mt_bench(P: Benchmarks) -> pd.DataFrame | None:
+    """MT-Bench's estimates of an earlier run with the same parameters, from the results folder."""
+    path = ResultsFolder(P.figure, tier=_tier(P)).path / "mt_bench.csv"
+    if not path.is_file():
+        return None
+    table = pd.read_csv(path)
+    return table if (table["params_hash"] == P.hash).all() else None
+
+
+def mt_bench_note(P: Benchmarks, tables: Tables) -> str:
+    """In a sentence, whether MT-Bench was run here, and what it would take."""
+    if not P.missing:
+        return f"MT-Bench: {P.num_questions} questions, {P.after} against {P.before}, judged by {P.judge}."
+    found = "the table below is an earlier run's" if "mt_bench.csv" in tables.extra else "no table of it is shown"
+    return f"MT-Bench was not run here ({'; '.join(P.missing)}); {found}."
 
 
 class _Runs:
