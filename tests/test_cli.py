@@ -146,8 +146,12 @@ def test_plan_status_claims_and_help(project):
     (project / "params" / "smoke" / "order.yaml").write_text("- 92_other\n- 91_toy\n")
     done = call("plan", "--tier", "smoke")
     assert done.output.index("92_other") < done.output.index("91_toy")
-    (project / "params" / "smoke" / "order.yaml").write_text("- 92_other\n")
-    assert call("plan", "--tier", "smoke").exit_code == 2
+    (project / "params" / "smoke" / "order.yaml").write_text("- 92_other\n")  # the other is made when it is asked for
+    assert "91_toy" not in call("plan", "--tier", "smoke").output
+    assert "91_toy" in call("plan", "--tier", "smoke", "--figure", "91").output
+    for bad in ("- 92_other\n- 90_none\n", "- 92_other\n- 92_other\n", "92_other"):
+        (project / "params" / "smoke" / "order.yaml").write_text(bad)
+        assert call("plan", "--tier", "smoke").exit_code == 2
     assert f"store {project}/.store" in call("status").output
     (project / "results" / "smoke").mkdir(parents=True)
     (project / "results" / "smoke" / "claims.md").write_text("# Claims\nall fine\n")
@@ -161,7 +165,7 @@ def test_plan_status_claims_and_help(project):
 def test_interrupted_run_exits_130_and_leaves_nothing_half_made(project):
     script = textwrap.dedent("""
         import sys, toy_stages
-        sys.modules["rlhfscale.figures"] = toy_stages
+        sys.modules["rlhfscale.registry"] = toy_stages
         from rlhfscale.cli import app
         app()
     """)

@@ -166,8 +166,8 @@ DRIVER = textwrap.dedent("""
 
 
 def many(trace: str) -> Total:
-    numbers = [Number(value=value, sleep_s=0.1, trace=trace) for value in range(6)]
-    pairs = tuple(Total(parts=(a, b), sleep_s=0.1, trace=trace) for a, b in itertools.pairwise(numbers))
+    numbers = [Number(value=value, sleep_s=0.3, trace=trace) for value in range(6)]
+    pairs = tuple(Total(parts=(a, b), sleep_s=0.3, trace=trace) for a, b in itertools.pairwise(numbers))
     return Total(parts=pairs, trace=trace)
 
 

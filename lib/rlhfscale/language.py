@@ -147,7 +147,8 @@ class AnswerReward(Spec):
 class Aligned(Spec):
     """The tuned model after PPO; policy, value head, reference and reward model on one base.
 
-    The reward is the normalised score plus ``verifier_weight`` for a right answer, less ``missing_eos_penalty``.
+    The reward is ``score_weight`` times the normalised score plus ``verifier_weight`` for a right answer, less
+    ``missing_eos_penalty``.
     """
 
     stage: ClassVar[str] = "aligned"
@@ -155,6 +156,7 @@ class Aligned(Spec):
 
     base: Tuned
     reward_model: AnswerReward
+    score_weight: float = Field(ge=0)
     verifier_weight: float = Field(ge=0)
     precision: Precision
     tasks: tuple[str, ...]
@@ -184,8 +186,10 @@ class Aligned(Spec):
 
     @property
     def title(self) -> str:
-        verified = ", verified" if self.verifier_weight else ""
-        return f"PPO in {self.precision}{verified} from {self.base.title}"
+        by = " and ".join(
+            name for name, weight in (("score", self.score_weight), ("verifier", self.verifier_weight)) if weight
+        )
+        return f"PPO by {by} in {self.precision} from {self.base.title}"
 
 
 class AnswerScores(Spec):

@@ -117,8 +117,11 @@ def aligned(spec: language.Aligned, inputs: Inputs, folder: Path) -> None:
     names = PPOConfig.model_fields.keys() & type(spec).model_fields.keys()
     config = PPOConfig(**{name: getattr(spec, name) for name in names})
     stream = _training_questions(spec)
-    verifier = answer_data.Verifier(stream, tokenizer)
-    reward = Mixed([(1.0, Normalised(shared, shared.mean, shared.std)), (spec.verifier_weight, verifier)])
+    parts = (
+        (spec.score_weight, Normalised(shared, shared.mean, shared.std)),
+        (spec.verifier_weight, answer_data.Verifier(stream, tokenizer)),
+    )
+    reward = Mixed([(weight, part) for weight, part in parts if weight])
     run = PPO(base, tokenizer, reward, config, seed=spec.seed)
 
     def asked(update: int) -> list[reasoning.Question]:

@@ -49,8 +49,10 @@ STYLE = {
 REAL_STAGES = {
     "chat": ("chat model", CATEGORIES[7]),
     "tuned": ("fine-tuned", CATEGORIES[1]),
-    "ppo_bf16": ("PPO, LoRA", CATEGORIES[0]),
-    "ppo_nf4": ("PPO, QLoRA", CATEGORIES[2]),
+    "score-lora": ("PPO by score, LoRA", CATEGORIES[3]),
+    "score-qlora": ("PPO by score, QLoRA", CATEGORIES[4]),
+    "verifier-lora": ("PPO by verifier, LoRA", CATEGORIES[0]),
+    "verifier-qlora": ("PPO by verifier, QLoRA", CATEGORIES[2]),
 }
 """Label and colour of each stage of the pipeline on a published model."""
 
@@ -367,7 +369,7 @@ def real_model(runs: pd.DataFrame, summary: pd.DataFrame, training: pd.DataFrame
     top, left, right = figure.add_subplot(grid[0, :]), axes[1, 0], axes[1, 1]
     for number, stage in enumerate(stages):
         color = REAL_STAGES[stage][1]
-        shift = 0.19 * (number - (len(stages) - 1) / 2)
+        shift = 0.16 * (number - (len(stages) - 1) / 2)
         for place, task in enumerate(tasks):
             at = {"x": place + shift}
             _estimates(top, _rows(rows, "sampled_accuracy", stage=stage, task=task).assign(**at), "x",
@@ -385,7 +387,7 @@ def real_model(runs: pd.DataFrame, summary: pd.DataFrame, training: pd.DataFrame
     top.set(title="accuracy on held-out questions, sampled at temperature 1", ylabel="share right")
     left.set(title="PPO's roll-outs, every seed", xlabel="update (mean of three)", ylabel="share right")
     right.set(title="length of responses", ylabel="tokens")
-    right.set_xticks(range(len(stages)), [REAL_STAGES[stage][0].replace(" ", "\n") for stage in stages])
+    right.set_xticks([])
     legend([Line2D([], [], color=REAL_STAGES[s][1], marker="o", linestyle="none", label=REAL_STAGES[s][0])
             for s in stages])  # fmt: skip
     return figure

@@ -3,7 +3,7 @@
 Nothing here imports torch.
 """
 
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self, cast
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -13,8 +13,10 @@ from rlhfscale.figures import StudyFigure
 from rlhfscale.params import field
 from rlhfscale.spec import Spec
 
+Run = Literal["score-lora", "verifier-lora", "score-qlora", "verifier-qlora"]
+"""A PPO run: what rewards it, and whether its base is in bfloat16 (LoRA) or in 4 bits (QLoRA)."""
 BEFORE = "chat", "tuned"
-"""Stages before PPO; each precision of PPO is a further one, ``ppo_bf16`` and ``ppo_nf4``."""
+"""Stages before PPO; each run of PPO is a further one."""
 EVALUATION, LABELS, REJECTION, POLICY = 1, 2, 3, 4
 """Seeds of the held-out questions, and kinds of the training questions of each seed."""
 
@@ -37,6 +39,8 @@ class Fixed(BaseModel):
     responses_per_prompt: int = Field(8, description="responses to each")
     ppo_epochs: int = Field(2, description="passes over an update's responses")
     critic_lr: float = Field(1e-3, description="AdamW rate of the value head")
+    score_weight: float = Field(1.0, description="reward of a standard deviation of the score, in runs by the score")
+    verifier_weight: float = Field(2.0, description="reward of a right answer, in runs by the verifier")
     value_coefficient: float = Field(0.1, description="weight of the value loss")
     missing_eos_penalty: float = Field(1.0, description="subtracted from the score of a response that never ended")
     lora_rank: int = Field(16, description="of every adapter")
@@ -55,8 +59,8 @@ class RealModel(StudyFigure):
 
     checkpoint: str = field(role="fixed", doc="published chat model, see rlhfscale.checkpoints")
     tasks: tuple[str, ...] = field(role="fixed", min_length=1, doc="reasoning-gym tasks, see tasks.reasoning")
-    precisions: tuple[language.Precision, ...] = field(
-        role="scientific", min_length=1, doc="of the base in PPO: bf16 is LoRA, nf4 is QLoRA"
+    ppo: tuple[Run, ...] = field(
+        role="scientific", min_length=1, doc="PPO by the reward model's score or by the verifier, with LoRA or QLoRA"
     )
     num_questions: int = field(role="fixed", ge=1, doc="questions of each task, for rejection sampling and for labels")
     updates: int = field(role="fixed", ge=1, doc="PPO updates")
@@ -82,7 +86,7 @@ class RealModel(StudyFigure):
     @property
     def stages(self) -> tuple[str, ...]:
         """In the order of the pipeline."""
-        return (*BEFORE, *(f"ppo_{precision}" for precision in self.precisions))
+        return (*BEFORE, *self.ppo)
 
     @property
     def chat(self) -> language.Chat:
@@ -113,25 +117,27 @@ class RealModel(StudyFigure):
             seed=seed,
         )
 
-    def aligned(self, precision: language.Precision, seed: int) -> language.Aligned:
+    def aligned(self, run: Run, seed: int) -> language.Aligned:
+        reward, _, adapter = run.partition("-")
         return language.Aligned(
             base=self.tuned(seed),
             reward_model=self.reward_model(seed),
-            precision=precision,
+            score_weight=FIXED.score_weight if reward == "score" else 0.0,
+            verifier_weight=FIXED.verifier_weight if reward == "verifier" else 0.0,
+            precision="nf4" if adapter == "qlora" else "bf16",
             tasks=self.tasks,
             num_updates=self.updates,
             epochs=FIXED.ppo_epochs,
             policy_lr=self.policy_lr,
             kl_coefficient=self.kl_coefficient,
             seed=seed,
-            **FIXED.model_dump(include=language.Aligned.model_fields.keys()),
+            **FIXED.model_dump(include=language.Aligned.model_fields.keys() - {"score_weight", "verifier_weight"}),
         )
 
     def model(self, stage: str, seed: int) -> language.Chat | language.Tuned | language.Aligned:
         if stage == "chat":
             return self.chat
-        precisions: dict[str, Literal["bf16", "nf4"]] = {f"ppo_{name}": name for name in self.precisions}
-        return self.tuned(seed) if stage == "tuned" else self.aligned(precisions[stage], seed)
+        return self.tuned(seed) if stage == "tuned" else self.aligned(cast(Run, stage), seed)
 
     def evaluation(self, stage: str, seed: int) -> language.Answers:
         """Sampled answers to the held-out questions, which are the same for every seed."""
@@ -163,6 +169,6 @@ class RealModel(StudyFigure):
             for stage in self.stages:
                 found += [self.evaluation(stage, seed), self.greedy(stage, seed)]
             found.append(self.scores(seed))
-        aligned = [self.aligned(precision, seed) for seed in self.seeds for precision in self.precisions]
+        aligned = [self.aligned(run, seed) for seed in self.seeds for run in self.ppo]
         rewards = [self.reward_model(seed) for seed in self.seeds]
         return tuple(dict.fromkeys([*found, *aligned, *rewards]))

@@ -54,8 +54,8 @@ def tables(P: RealModel, folders: Mapping[Spec, Path]) -> Tables:
 def training(P: RealModel, folders: Mapping[Spec, Path]) -> pd.DataFrame:
     """Every update of every PPO run: the trainer's metrics and ``right``, the share of right roll-outs."""
     runs = [
-        pd.read_csv(folders[P.aligned(precision, seed)] / "metrics.csv").assign(stage=f"ppo_{precision}", seed=seed)
-        for precision in P.precisions
+        pd.read_csv(folders[P.aligned(run, seed)] / "metrics.csv").assign(stage=run, seed=seed)
+        for run in P.ppo
         for seed in P.seeds
     ]
     return pd.concat(runs, ignore_index=True)
