@@ -51,8 +51,8 @@ REAL_STAGES = {
     "tuned": ("fine-tuned", CATEGORIES[1]),
     "score-lora": ("PPO by score, LoRA", CATEGORIES[3]),
     "score-qlora": ("PPO by score, QLoRA", CATEGORIES[4]),
-    "verifier-lora": ("PPO by verifier, LoRA", CATEGORIES[0]),
-    "verifier-qlora": ("PPO by verifier, QLoRA", CATEGORIES[2]),
+    "mixed-lora": ("PPO by score and verifier, LoRA", CATEGORIES[0]),
+    "mixed-qlora": ("PPO by score and verifier, QLoRA", CATEGORIES[2]),
 }
 """Label and colour of each stage of the pipeline on a published model."""
 
@@ -389,7 +389,7 @@ def real_model(runs: pd.DataFrame, summary: pd.DataFrame, training: pd.DataFrame
     right.set(title="length of responses", ylabel="tokens")
     right.set_xticks([])
     legend([Line2D([], [], color=REAL_STAGES[s][1], marker="o", linestyle="none", label=REAL_STAGES[s][0])
-            for s in stages])  # fmt: skip
+            for s in stages], ncols=3)  # fmt: skip
     return figure
 
 

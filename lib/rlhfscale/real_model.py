@@ -13,8 +13,9 @@ from rlhfscale.figures import StudyFigure
 from rlhfscale.params import field
 from rlhfscale.spec import Spec
 
-Run = Literal["score-lora", "verifier-lora", "score-qlora", "verifier-qlora"]
-"""A PPO run: what rewards it, and whether its base is in bfloat16 (LoRA) or in 4 bits (QLoRA)."""
+Run = Literal["score-lora", "mixed-lora", "score-qlora", "mixed-qlora"]
+"""A PPO run: whether the reward model's score alone rewards it or the verifier too, and whether its base is in bfloat16
+(LoRA) or in 4 bits (QLoRA)."""
 BEFORE = "chat", "tuned"
 """Stages before PPO; each run of PPO is a further one."""
 EVALUATION, LABELS, REJECTION, POLICY = 1, 2, 3, 4
@@ -39,8 +40,8 @@ class Fixed(BaseModel):
     responses_per_prompt: int = Field(8, description="responses to each")
     ppo_epochs: int = Field(2, description="passes over an update's responses")
     critic_lr: float = Field(1e-3, description="AdamW rate of the value head")
-    score_weight: float = Field(1.0, description="reward of a standard deviation of the score, in runs by the score")
-    verifier_weight: float = Field(2.0, description="reward of a right answer, in runs by the verifier")
+    score_weight: float = Field(0.5, description="reward of a standard deviation of the score, in mixed runs")
+    verifier_weight: float = Field(2.0, description="reward of a right answer, in mixed runs")
     value_coefficient: float = Field(0.1, description="weight of the value loss")
     missing_eos_penalty: float = Field(1.0, description="subtracted from the score of a response that never ended")
     lora_rank: int = Field(16, description="of every adapter")
@@ -60,7 +61,7 @@ class RealModel(StudyFigure):
     checkpoint: str = field(role="fixed", doc="published chat model, see rlhfscale.checkpoints")
     tasks: tuple[str, ...] = field(role="fixed", min_length=1, doc="reasoning-gym tasks, see tasks.reasoning")
     ppo: tuple[Run, ...] = field(
-        role="scientific", min_length=1, doc="PPO by the reward model's score or by the verifier, with LoRA or QLoRA"
+        role="scientific", min_length=1, doc="PPO by the score, or by score and verifier; with LoRA or QLoRA"
     )
     num_questions: int = field(role="fixed", ge=1, doc="questions of each task, for rejection sampling and for labels")
     updates: int = field(role="fixed", ge=1, doc="PPO updates")
@@ -122,8 +123,8 @@ class RealModel(StudyFigure):
         return language.Aligned(
             base=self.tuned(seed),
             reward_model=self.reward_model(seed),
-            score_weight=FIXED.score_weight if reward == "score" else 0.0,
-            verifier_weight=FIXED.verifier_weight if reward == "verifier" else 0.0,
+            score_weight=1.0 if reward == "score" else FIXED.score_weight,
+            verifier_weight=0.0 if reward == "score" else FIXED.verifier_weight,
             precision="nf4" if adapter == "qlora" else "bf16",
             tasks=self.tasks,
             num_updates=self.updates,
@@ -140,12 +141,12 @@ class RealModel(StudyFigure):
         return self.tuned(seed) if stage == "tuned" else self.aligned(cast(Run, stage), seed)
 
     def evaluation(self, stage: str, seed: int) -> language.Answers:
-        """Sampled answers to the held-out questions, which are the same for every seed."""
+        """Sampled answers to the held-out questions, which are the same for every seed; so are the chat model's."""
+        seed = self.seeds[0] if stage == "chat" else seed
         return self._answers(self.model(stage, seed), "eval", self.eval_prompts, self.eval_samples, seed, EVALUATION)
 
     def greedy(self, stage: str, seed: int) -> language.Answers:
-        about = dict(self.evaluation(stage, seed)) | {"num_samples": 1, "temperature": 0.0}
-        return language.Answers(**about | ({"seed": 0} if stage == "chat" else {}))
+        return language.Answers(**dict(self.evaluation(stage, seed)) | {"num_samples": 1, "temperature": 0.0})
 
     def scores(self, seed: int) -> language.AnswerScores:
         return language.AnswerScores(answers=self.evaluation("tuned", seed), reward_model=self.reward_model(seed))
