@@ -132,7 +132,8 @@ def test_every_recipe_setting_changes_some_artifact():
 
     def keys(settings):
         policy = settings.policy("25k", "14k", seed=1)
-        return {settings.evaluation(policy, 1).key, settings.many_samples("25k", 8, 4).key}
+        siblings = [settings.policy("25k", "14k", 1, algorithm=name, responses=2).key for name in ("grpo", "rloo")]
+        return [settings.evaluation(policy, 1).key, settings.many_samples("25k", 8, 4).key, *siblings]
 
     before = keys(recipe)
     for name, value in recipe.model_dump().items():

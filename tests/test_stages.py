@@ -45,10 +45,13 @@ POLICY = specs.Policy(
     kl_coefficient=0.05, clip=0.2, value_clip=0.2, gamma=1.0, lam=0.95, temperature=1.0, max_grad_norm=1.0,
     missing_eos_penalty=1.0, lora_rank=2, lora_alpha=4.0, seed=0,
 )  # fmt: skip
+FIELDS = {name: getattr(POLICY, name) for name in specs.Policy.model_fields}
+NO_CRITIC = dict.fromkeys(specs.PPO_ONLY)
+SIBLINGS = tuple(specs.Policy(**FIELDS | NO_CRITIC | {"algorithm": name}) for name in ("grpo", "rloo"))
 OF_POLICY = sampled(POLICY, "eval", seed=3)
 GREEDY = sampled(POLICY, "eval", seed=3, num_samples=1, temperature=0.0)
 SCORES = specs.Scores(samples=OF_POLICY, reward_model=REWARD_MODEL)
-GRAPH = list(dict.fromkeys(spec for top in (SCORES, GREEDY) for spec in top.walk()))
+GRAPH = list(dict.fromkeys(spec for top in (SCORES, GREEDY, *SIBLINGS) for spec in top.walk()))
 
 
 def made(folder):
@@ -194,6 +197,40 @@ def test_the_policy_folder_holds_what_plain_peft_needs(folders):
     assert {"proxy", "gold", "exact", "kl_nats", "clip_fraction", "explained_variance"} <= set(table.columns)
     assert {"entropy_nats", "response_tokens", "finished"} <= set(table.columns)
     assert np.isfinite(table.to_numpy()).all() and abs(table.kl_nats[0]) < 1e-4
+
+
+@pytest.mark.parametrize("spec", SIBLINGS, ids=lambda spec: spec.algorithm)
+def test_the_siblings_of_ppo_train_without_a_critic(folders, spec):
+    table = pd.read_csv(folders[spec] / "metrics.csv")
+    assert np.isfinite(table.to_numpy()).all() and table.steps.tolist() == [2, 2] and abs(table.kl_nats[0]) < 1e-4
+    assert {"proxy", "gold", "exact", "kl_nats"} <= set(table.columns) and "value_loss" not in table
+    assert sorted(path.name for path in (folders[spec] / "adapters").iterdir() if path.is_dir()) == ["policy"]
+    weights = {s: load_file(folders[s] / "model" / "model.safetensors") for s in (SFT, POLICY, *SIBLINGS)}
+    for other in weights.keys() - {spec}:
+        assert any(not np.array_equal(weights[spec][name], value) for name, value in weights[other].items())
+    ppo = pd.read_csv(folders[POLICY] / "metrics.csv")
+    assert table.proxy[0] == pytest.approx(ppo.proxy[0])  # equal seeds draw equal first roll-outs
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"critic_lr": None, "lam": None}, "ppo needs critic_lr, lam"),
+        ({"algorithm": "grpo"}, "grpo has no critic and no use for critic, critic_lr"),
+        (
+            NO_CRITIC | {"algorithm": "rloo", "gamma": 1.0},
+            "rloo has no critic and no use for gamma",
+        ),
+        (
+            NO_CRITIC | {"algorithm": "grpo", "responses_per_prompt": 1},
+            "responses_per_prompt: grpo",
+        ),
+        ({"algorithm": "dpo"}, "ppo"),
+    ],
+)
+def test_a_policy_has_the_fields_of_its_algorithm(change, words):
+    with pytest.raises(ValueError, match=words):
+        specs.Policy(**FIELDS | change)
 
 
 def test_no_artifact_names_the_folder_it_was_made_from(folders):

@@ -25,7 +25,20 @@ REWARD = (
 )  # fmt: skip
 TRAINERS = tuple(
     f"rl/{name}"
-    for name in ("config", "ppo", "loop", "learner", "rollout", "logprobs", "kl", "advantages", "losses", "metrics")
+    for name in (
+        "config",
+        "ppo",
+        "grpo",
+        "rloo",
+        "loop",
+        "learner",
+        "rollout",
+        "logprobs",
+        "kl",
+        "advantages",
+        "losses",
+        "metrics",
+    )
 )
 EVALS = tuple(f"evals/{name}" for name in ("benchmarks", "evaluate", "judge", "mt_bench", "revisions", "sources"))
 MODULES = {

@@ -14,6 +14,7 @@ from rlhfscale.params import ParamsError, explain, read_yaml
 from rlhfscale.paths import project_root
 
 FAMILIES = tuple(tasks.FAMILIES)
+Algorithm = Literal["ppo", "grpo", "rloo"]
 
 
 class Recipe(BaseModel):
@@ -58,6 +59,14 @@ class Recipe(BaseModel):
     ppo_eos_penalty: float = Field(ge=0, description="subtracted from the score of a response that never ended")
     ppo_lora_rank: int = Field(ge=1, description="rank of the policy's and the critic's adapter")
     ppo_lora_alpha: float = Field(gt=0, description="LoRA's scale numerator")
+    grpo_policy_lr: float = Field(
+        gt=0, description="ppo_policy_lr of GRPO; it takes all else, but the critic, from PPO"
+    )
+    grpo_kl: float = Field(ge=0, description="ppo_kl of GRPO, in standard deviations within a group for a nat")
+    rloo_policy_lr: float = Field(
+        gt=0, description="ppo_policy_lr of RLOO; it takes all else, but the critic, from PPO"
+    )
+    rloo_kl: float = Field(ge=0, description="ppo_kl of RLOO")
     eval_prompts: int = Field(ge=2, description="held-out prompts")
     eval_samples: int = Field(ge=1, description="sampled responses to each held-out prompt")
 
@@ -150,26 +159,49 @@ class Recipe(BaseModel):
             seed=seed,
         )
 
-    def policy(self, rung: str, reward_rung: str, seed: int) -> specs.Policy:
-        """A policy of a rung trained by PPO against the reward model of the same seed."""
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps in a pass over an update's roll-outs, the same whatever their number."""
+        return self.ppo_prompts * self.ppo_responses // self.ppo_minibatch
+
+    def policy(
+        self,
+        rung: str,
+        reward_rung: str,
+        seed: int,
+        *,
+        algorithm: Algorithm = "ppo",
+        prompts: int | None = None,
+        responses: int | None = None,
+    ) -> specs.Policy:
+        """A policy of a rung trained by ``algorithm`` against the reward model of the same seed.
+
+        Args:
+            prompts, responses: prompts in an update and responses to each, in place of the recipe's. Minibatches grow
+                or shrink with the roll-outs, so that the number of optimiser steps stays.
+        """
+        prompts, responses = prompts or self.ppo_prompts, responses or self.ppo_responses
+        critic = {
+            "critic": self.ppo_critic,
+            "critic_lr": self.ppo_critic_lr,
+            "value_coefficient": self.ppo_value_coefficient,
+            "value_clip": self.ppo_value_clip,
+            "gamma": self.ppo_gamma,
+            "lam": self.ppo_lambda,
+        }
         return specs.Policy(
             sft=self.sft(rung),
             reward_model=self.reward_model(reward_rung, seed),
-            algorithm="ppo",
-            critic=self.ppo_critic,
+            algorithm=algorithm,
+            **(critic if algorithm == "ppo" else {}),
             num_updates=self.ppo_updates,
-            prompts_per_update=self.ppo_prompts,
-            responses_per_prompt=self.ppo_responses,
+            prompts_per_update=prompts,
+            responses_per_prompt=responses,
             epochs=self.ppo_epochs,
-            minibatch_size=self.ppo_minibatch,
-            policy_lr=self.ppo_policy_lr,
-            critic_lr=self.ppo_critic_lr,
-            value_coefficient=self.ppo_value_coefficient,
-            kl_coefficient=self.ppo_kl,
+            minibatch_size=max(1, prompts * responses // self.steps_per_epoch),
+            policy_lr=getattr(self, f"{algorithm}_policy_lr"),
+            kl_coefficient=getattr(self, f"{algorithm}_kl"),
             clip=self.ppo_clip,
-            value_clip=self.ppo_value_clip,
-            gamma=self.ppo_gamma,
-            lam=self.ppo_lambda,
             temperature=1.0,
             max_grad_norm=self.ppo_max_grad_norm,
             missing_eos_penalty=self.ppo_eos_penalty,

@@ -118,8 +118,12 @@ class RewardModel(Spec):
         return f"reward model {self.rung}, {self.num_prompts} prompts, seed {self.seed}"
 
 
+PPO_ONLY = "critic", "critic_lr", "value_coefficient", "value_clip", "gamma", "lam"
+"""Fields of `Policy` that belong to a critic: PPO needs each of them, GRPO and RLOO have none."""
+
+
 class Policy(Spec):
-    """An SFT model trained against a frozen reward model."""
+    """An SFT model trained against a frozen reward model, by PPO or by one of its siblings without a critic."""
 
     stage: ClassVar[str] = "policy"
     version: ClassVar[int] = 2
@@ -127,27 +131,38 @@ class Policy(Spec):
 
     sft: SFT
     reward_model: RewardModel
-    algorithm: Literal["ppo"]
-    critic: Literal["trunk", "separate"]
+    algorithm: Literal["ppo", "grpo", "rloo"]
+    critic: Literal["trunk", "separate"] | None = None
     num_updates: int = Field(ge=1)
     prompts_per_update: int = Field(ge=1)
     responses_per_prompt: int = Field(ge=1)
     epochs: int = Field(ge=1)
     minibatch_size: int = Field(ge=1)
     policy_lr: float = Field(gt=0)
-    critic_lr: float = Field(gt=0)
-    value_coefficient: float = Field(gt=0)
+    critic_lr: float | None = Field(None, gt=0)
+    value_coefficient: float | None = Field(None, gt=0)
     kl_coefficient: float = Field(ge=0)
     clip: float = Field(gt=0)
-    value_clip: float = Field(gt=0)
-    gamma: float = Field(gt=0, le=1)
-    lam: float = Field(ge=0, le=1)
+    value_clip: float | None = Field(None, gt=0)
+    gamma: float | None = Field(None, gt=0, le=1)
+    lam: float | None = Field(None, ge=0, le=1)
     temperature: float = Field(gt=0)
     max_grad_norm: float = Field(gt=0)
     missing_eos_penalty: float = Field(ge=0)
     lora_rank: int = Field(ge=1)
     lora_alpha: float = Field(gt=0)
     seed: int = Field(ge=0)
+
+    @model_validator(mode="after")
+    def _fields_of_the_algorithm(self) -> "Policy":
+        given = [name for name in PPO_ONLY if getattr(self, name) is not None]
+        if self.algorithm == "ppo" and len(given) < len(PPO_ONLY):
+            raise ValueError(f"ppo needs {', '.join(name for name in PPO_ONLY if name not in given)}")
+        if self.algorithm != "ppo" and given:
+            raise ValueError(f"{self.algorithm} has no critic and no use for {', '.join(given)}")
+        if self.algorithm != "ppo" and self.responses_per_prompt < 2:
+            raise ValueError(f"responses_per_prompt: {self.algorithm} compares at least 2 responses to a prompt")
+        return self
 
     @model_validator(mode="after")
     def _minibatches_divide(self) -> "Policy":
@@ -164,12 +179,14 @@ class Policy(Spec):
     def cost_s(self) -> float:
         tokens = self.num_updates * self.prompts_per_update * self.responses_per_prompt * TOKENS_PER_DOCUMENT
         policy, reward = ladder.rung(self.rung), ladder.rung(self.reward_model.rung)
-        learning = policy.seconds(train_tokens=2.5 * self.epochs * tokens, forward_tokens=4 * tokens)
+        passes = 2.5 if self.critic == "separate" else 1.25
+        learning = policy.seconds(train_tokens=passes * self.epochs * tokens, forward_tokens=4 * tokens)
         return 2 + 0.15 * self.num_updates + learning + reward.seconds(forward_tokens=tokens)
 
     @property
     def title(self) -> str:
-        return f"{self.algorithm} {self.rung}, reward model {self.reward_model.rung}, seed {self.seed}"
+        rollouts = f"{self.prompts_per_update} x {self.responses_per_prompt}"
+        return f"{self.algorithm} {self.rung}, {rollouts}, reward model {self.reward_model.rung}, seed {self.seed}"
 
 
 class Samples(Spec):

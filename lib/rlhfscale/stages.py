@@ -24,7 +24,7 @@ from rlhfscale.data.responses import Responses, label
 from rlhfscale.evals import benchmarks, evaluate, sources
 from rlhfscale.evals.judge import Cache
 from rlhfscale.rewards import outcome
-from rlhfscale.rl import PPO, PPOConfig
+from rlhfscale.rl import GRPO, PPO, RLOO, GRPOConfig, PPOConfig, RLOOConfig
 from rlhfscale.samplers import Completions, hf, request_seeds
 from rlhfscale.store import scratch
 
@@ -130,16 +130,18 @@ def reward_model(spec: specs.RewardModel, inputs: Inputs, folder: Path) -> None:
 
 
 def policy(spec: specs.Policy, inputs: Inputs, folder: Path) -> None:
-    """model/ (adapter folded in), adapters/ (policy and critic as PEFT folders, value head), metrics.csv."""
+    """model/ (adapter folded in), adapters/ (policy, and PPO's critic, as PEFT folders; value head), metrics.csv."""
+    trainers = {"ppo": (PPO, PPOConfig), "grpo": (GRPO, GRPOConfig), "rloo": (RLOO, RLOOConfig)}
+    trainer, config_type = trainers[spec.algorithm]
     base = models.load_policy(inputs[spec.sft.key] / "model")
     # what the adapters record as their base, rather than a path of this machine
     base.name_or_path = base.config.name_or_path = spec.sft.key
     reward = outcome.OutcomeRewardModel.load(inputs[spec.reward_model.key] / "model").normalised()
-    names = PPOConfig.model_fields.keys() & type(spec).model_fields.keys()
-    config = PPOConfig(**{name: getattr(spec, name) for name in names}, max_new_tokens=tasks.MAX_RESPONSE_TOKENS)
+    names = config_type.model_fields.keys() & type(spec).model_fields.keys()
+    config = config_type(**{name: getattr(spec, name) for name in names}, max_new_tokens=tasks.MAX_RESPONSE_TOKENS)
     stream = tasks.problems((spec.seed, STREAM["policy"]), "train", spec.sft.families)
     batches = [[next(stream) for _ in range(spec.prompts_per_update)] for _ in range(spec.num_updates)]
-    run = PPO(base, models.build_tokenizer(), reward, config, seed=spec.seed)
+    run = trainer(base, models.build_tokenizer(), reward, config, seed=spec.seed)
 
     def graded(update: int, _: dict[str, float], completions: Completions) -> dict[str, float]:
         labels = label(batches[update], completions)
