@@ -104,10 +104,14 @@ def verdicts(tables: Tables) -> pd.DataFrame:
     """The claims' verdicts, for reading in a notebook."""
     rows = []
     for result in tables.claims:
-        about = result.to_json()
-        interval = f"[{about['ci_low']:.4f}, {about['ci_high']:.4f}]"
-        rule = CLAIMS[result.claim_id].rule.describe()
-        rows.append([result.claim_id, about["statement"], f"{about['estimate']:.4f}", interval, rule, result.verdict])
+        claim = CLAIMS[result.claim_id]
+        for name in claim.rule.intervals:
+            found = result.intervals[name]
+            interval = f"[{found.low:.4f}, {found.high:.4f}]"
+            rule = {"all": " and ", "any": " or "}[claim.rule.combine].join(
+                part.describe() for part in claim.rule.parts if part.interval == name
+            )
+            rows.append([claim.id, claim.statement, f"{found.estimate:.4f}", interval, rule, result.verdict])
     return pd.DataFrame(rows, columns=["claim", "statement", "estimate", "95% interval", "reproduced if", "verdict"])
 
 
