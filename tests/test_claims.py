@@ -7,9 +7,19 @@ import pandas as pd
 import pytest
 from scipy import stats
 
+from rlhfscale import study_sweeps
 from rlhfscale.results import ResultsFolder
 from rlhfscale.stats.bootstrap import Interval, nested_bootstrap
-from rlhfscale.stats.claims import CLAIMS, ClaimResult, Part, Rule, judge, seeds_to_settle, write_ledger
+from rlhfscale.stats.claims import (
+    CLAIMS,
+    EQUIVALENCE_MARGIN,
+    ClaimResult,
+    Part,
+    Rule,
+    judge,
+    seeds_to_settle,
+    write_ledger,
+)
 from rlhfscale.stats.fits import slope_per_doubling
 
 
@@ -63,8 +73,77 @@ def test_rules_of_two_parts(first, second, if_all, if_any):
         Rule(parts).verdict({"first": first})
 
 
+@pytest.mark.parametrize(
+    ("ppo", "best_of_n", "verdict"),
+    [(0.005, 0.02, "reproduced"), (0.02, 0.005, "contradicted"), (-0.01, 0.02, "contradicted"),
+     (0.01, 0.01, "inconclusive"), (0.0, 0.02, "inconclusive")],
+)  # fmt: skip
+def test_c2_on_planted_gains(ppo, best_of_n, verdict):
+    rng = np.random.default_rng(5)
+    sizes = np.geomspace(14e3, 330e3, 5)
+    means = np.array([[ppo], [best_of_n]]) * np.log2(sizes / 14e3)
+    gains = means[..., None, None] + 0.004 * rng.standard_normal((2, 5, 5, 1)) + 0.2 * rng.standard_normal((5, 400))
+
+    def slopes(means):
+        of_ppo, of_best = slope_per_doubling(sizes, means.T)
+        return np.array([of_ppo, of_best - of_ppo])
+
+    found = nested_bootstrap(gains, slopes, num_draws=300, rng=rng, on="means").split()
+    assert judge("C2", dict(zip(CLAIMS["C2"].rule.intervals, found, strict=True))).verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("doublings", "verdict"),
+    [((0.03, 0.02, 0.01, 0.0, 0.0), "reproduced"), ((0.02, 0.02, 0.02, 0.02, 0.02), "contradicted"),
+     ((-0.02, -0.02, 0.0, 0.0, 0.0), "contradicted"), ((0.0, 0.0, 0.0, 0.0, 0.0), "inconclusive"),
+     ((0.02, 0.02, 0.02, 0.02, 0.01), "inconclusive")],
+)  # fmt: skip
+def test_c5_on_planted_ladders(doublings, verdict):
+    rng = np.random.default_rng(6)
+    means = 0.5 + np.cumsum([0, *doublings])
+    values = means[:, None, None] + 0.003 * rng.standard_normal((6, 5, 1)) + 0.2 * rng.standard_normal((5, 400))
+    found = nested_bootstrap(values, study_sweeps.first_and_last_doubling, num_draws=300, rng=rng, on="means").split()
+    assert judge("C5", dict(zip(CLAIMS["C5"].rule.intervals, found, strict=True))).verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("ends", "verdict"),
+    [((-0.006, 0.008), "reproduced"), ((0.002, 0.008), "reproduced"), ((0.011, 0.02), "contradicted"),
+     ((-0.03, -0.012), "contradicted"), ((-0.004, 0.014), "inconclusive"), ((-0.03, 0.03), "inconclusive"),
+     ((-0.01, 0.0), "inconclusive")],
+)  # fmt: skip
+def test_c9_is_a_test_for_equivalence(ends, verdict):
+    """A difference shown to be small counts as none, even one shown not to be 0; failing to show one does not."""
+    assert judge("C9", interval(*ends)).verdict == verdict
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.009, 0.03])
+def test_c9_keeps_its_error_rate(shift):
+    """Just inside the margin it decides nothing, well inside it finds equivalence, well beyond it a difference."""
+    rng = np.random.default_rng(7)
+    verdicts = []
+    for _ in range(200):
+        values = shift + 0.003 * rng.standard_normal((5, 1)) + 0.02 * rng.standard_normal((5, 60))
+        found = nested_bootstrap(values, np.mean, num_draws=100, rng=rng, on="means")
+        verdicts.append(judge("C9", found).verdict)
+    share = {verdict: verdicts.count(verdict) / len(verdicts) for verdict in set(verdicts)}
+    if shift == 0:
+        assert share["reproduced"] >= 0.9
+    elif shift < EQUIVALENCE_MARGIN:
+        assert share.get("reproduced", 0) < 0.3 and share.get("contradicted", 0) <= 0.025
+    else:
+        assert share["contradicted"] >= 0.9
+
+
+def test_an_equivalence_is_one_row_of_the_ledger(tmp_path):
+    ResultsFolder("09_algorithms", "smoke", tmp_path).write_claims([judge("C9", interval(-0.004, 0.014))])
+    table = pd.read_csv(tmp_path / "smoke" / "claims.csv")
+    assert len(table) == 1 and table["seeds_to_settle"][0].startswith("about ")
+    assert "GRPO minus PPO < 0.01 and GRPO minus PPO > -0.01" in table["rule"][0]
+
+
 def test_unknown_claims_are_refused():
-    with pytest.raises(ValueError, match=r"C99.*C1, C6"):
+    with pytest.raises(ValueError, match=r"C99.*C1, C2, C5, C6, C9"):
         judge("C99", YES)
 
 

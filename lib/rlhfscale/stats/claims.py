@@ -144,7 +144,7 @@ CLAIMS: dict[str, Claim] = {
             paper="",
             statistic=(
                 "slope of the gain in sampled exact accuracy per doubling of non-embedding reward-model parameters, "
-                "policy fixed: of PPO, and of best-of-N minus that of PPO on the same prompts (N = 8 at the laptop tier)"
+                "policy fixed: of PPO, and of best-of-N minus that of PPO (N = 8 at the laptop tier; equal prompts)"
             ),
             rule=Rule((Part("PPO slope", "above"), Part("best-of-N slope minus PPO slope", "above"))),
         ),

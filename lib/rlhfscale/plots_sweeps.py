@@ -1,0 +1,220 @@
+"""The figures of `study_sweeps` from their tables; conventions and helpers are those of `plots`."""
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator, NullLocator
+
+from rlhfscale.plots import (
+    CATEGORIES,
+    _band,
+    _caption,
+    _dots,
+    _estimates,
+    _figure,
+    _headroom,
+    _rows,
+    _size_axis,
+    _styled,
+)
+
+ALGORITHMS = {
+    "ppo": ("PPO", CATEGORIES[0], "s"),
+    "grpo": ("GRPO", CATEGORIES[1], "o"),
+    "rloo": ("RLOO", CATEGORIES[2], "D"),
+}
+"""Label, colour and marker of each algorithm."""
+LADDERS = {
+    "ppo, equal prompts": (CATEGORIES[0], "s", "-"),
+    "ppo, equal roll-outs": (CATEGORIES[0], "^", "--"),
+    "grpo, equal prompts": (CATEGORIES[1], "o", "-"),
+}
+"""Colour, marker and line of each ladder of responses per prompt."""
+
+
+@_styled
+def reward_model_size(runs: pd.DataFrame, summary: pd.DataFrame) -> Figure:
+    """C2: pair accuracy, gain from best-of-N and gain from PPO against the reward model's size.
+
+    Args:
+        runs: ``reward_model_params``, ``stage`` (sft | ppo), ``seed``, ``num_responses`` (N), ``metric``, ``value``;
+            metrics ``pair_accuracy``, ``best_of_n_gain`` and, by stage, ``sampled_exact``.
+        summary: the common columns, ``reward_model_params`` and ``verdict``; quantities ``pair_accuracy``,
+            ``best_of_n_gain`` and ``ppo_gain`` by size, of each its ``_fit`` (line and band on a grid of sizes) and
+            ``_slope`` (one row), and ``slope_difference`` (one row, with the verdict).
+    """
+    difference = _rows(summary, "slope_difference").iloc[0]
+    caption = (
+        f"{_caption(summary, 'dots: seeds; bars and bands: ')} Slopes are for each doubling of parameters. "
+        f"Best-of-N slope minus PPO slope: {_interval(difference)}. C2: {difference.verdict}."
+    )
+    figure, axes, _ = _figure(1, 3, 2.6, caption)
+    sampled = runs[runs["metric"] == "sampled_exact"]
+    start = sampled[sampled["stage"] == "sft"].set_index("seed")["value"]
+    after = sampled[sampled["stage"] == "ppo"]
+    dots = {
+        "pair_accuracy": runs[runs["metric"] == "pair_accuracy"],
+        "best_of_n_gain": runs[runs["metric"] == "best_of_n_gain"],
+        "ppo_gain": after.assign(value=after["value"] - after["seed"].map(start)),
+    }
+    best_of = int(dots["best_of_n_gain"]["num_responses"].max())
+    titles = {
+        "pair_accuracy": ("pairs", "within-prompt pair accuracy"),
+        "best_of_n_gain": (f"best-of-{best_of}", "gain in exact accuracy"),
+        "ppo_gain": ("PPO", "gain in exact accuracy"),
+    }
+    for axis, color, (name, (title, label)) in zip(axes, CATEGORIES[2:5], titles.items(), strict=True):
+        _dots(axis, dots[name], "reward_model_params", color)
+        style = {"color": color, "marker": "o", "linestyle": "none"}
+        _estimates(axis, _rows(summary, name), "reward_model_params", **style)
+        _band(axis, _rows(summary, f"{name}_fit"), "reward_model_params", color)
+        axis.set(title=title, ylabel=label)
+        _size_axis(axis, dots[name]["reward_model_params"], "reward-model parameters")
+        axis.tick_params(axis="x", labelrotation=45)
+        slope = _rows(summary, f"{name}_slope").iloc[0]
+        _headroom(axis, 0.25)
+        text = f"slope {slope.estimate:+.4f}\n[{slope.ci_low:+.4f}, {slope.ci_high:+.4f}]"
+        axis.text(0.03, 0.98, text, transform=axis.transAxes, va="top", fontsize=7)
+    gains = axes[1:]
+    low, high = min(axis.get_ylim()[0] for axis in gains), max(axis.get_ylim()[1] for axis in gains)
+    for axis in gains:
+        axis.set_ylim(low, high)
+        axis.axhline(0, color="0.4", linewidth=0.8)
+    return figure
+
+
+@_styled
+def responses_per_prompt(runs: pd.DataFrame, summary: pd.DataFrame) -> Figure:
+    """C5: accuracy against responses per prompt, and what each doubling brings.
+
+    Args:
+        runs: ``ladder``, ``responses_per_prompt``, ``seed``, ``metric``, ``value``; ``sampled_exact`` is drawn.
+        summary: the common columns, ``ladder``, ``responses_per_prompt``, ``stage``, ``verdict``; quantities
+            ``sampled_exact`` (by ladder and size; once with stage sft), ``doubling_gain`` (by ladder and the size that
+            is reached), ``first_doublings`` and ``last_minus_half_of_first`` (one row each, with the verdict).
+    """
+    parts = [_rows(summary, name).iloc[0] for name in ("first_doublings", "last_minus_half_of_first")]
+    caption = (
+        f"{_caption(summary, 'dots: seeds; bars: ')} PPO at equal prompts: {_interval(parts[0])} for each of the first "
+        f"two doublings; the last one minus half of that: {_interval(parts[1])}. C5: {parts[0].verdict}."
+    )
+    figure, (left, right), legend = _figure(1, 2, 3.1, caption)
+    runs = runs[runs["metric"] == "sampled_exact"]
+    start = _rows(summary, "sampled_exact", stage="sft").iloc[0]
+    left.axhline(start.estimate, color="0.4", linewidth=1.0, linestyle=":")
+    right.axhline(0, color="0.4", linewidth=0.8)
+    handles = [Line2D([], [], color="0.4", linestyle=":", label="SFT")]
+    for index, (name, (color, marker, linestyle)) in enumerate(LADDERS.items()):
+        style = {"color": color, "marker": marker}
+        _dots(left, runs[runs["ladder"] == name], "responses_per_prompt", color, size=5)
+        rows = _rows(summary, "sampled_exact", ladder=name)
+        _estimates(left, rows, "responses_per_prompt", linestyle=linestyle, **style)
+        rows = _rows(summary, "doubling_gain", ladder=name)
+        beside = rows["responses_per_prompt"] * 2 ** (0.12 * (index - 1))
+        _estimates(right, rows.assign(place=beside), "place", linestyle="none", **style)
+        label = name.replace("ppo", "PPO").replace("grpo", "GRPO")
+        handles.append(Line2D([], [], linestyle=linestyle, label=label, **style))
+    sizes = sorted({int(size) for size in runs["responses_per_prompt"].dropna()})
+    _doublings(left, sizes)
+    _doublings(right, sizes[1:], [f"{size // 2} to {size}" for size in sizes[1:]])
+    left.set(title="accuracy", xlabel="responses per prompt", ylabel="sampled exact-match accuracy")
+    right.set(title="gain of each doubling", xlabel="responses per prompt", ylabel="accuracy")
+    legend(handles, ncols=4)
+    return figure
+
+
+@_styled
+def algorithms(runs: pd.DataFrame, summary: pd.DataFrame) -> Figure:
+    """C9: gain by algorithm at equal roll-outs, and the distance from PPO within the margin of equivalence.
+
+    Args:
+        runs: ``algorithm``, ``responses_per_prompt``, ``stage``, ``seed``, ``metric``, ``value``; the metric
+            ``sampled_exact`` is drawn.
+        summary: the common columns, ``algorithm``, ``responses_per_prompt``, ``margin``, ``verdict``; quantities
+            ``gain`` and ``minus_ppo`` (by algorithm and size), ``minus_ppo_in_all`` (by algorithm; GRPO's has the
+            verdict).
+    """
+    whole = _rows(summary, "minus_ppo_in_all")
+    grpo = whole[whole["algorithm"] == "grpo"].iloc[0]
+    caption = (
+        f"{_caption(summary, 'dots: seeds; bars: ')} Shaded: differences that count as none (margin {grpo.margin:g}). "
+        f"GRPO minus PPO in all: {_interval(grpo)}. C9: {grpo.verdict}."
+    )
+    figure, (left, right), legend = _figure(1, 2, 2.9, caption)
+    sampled = runs[runs["metric"] == "sampled_exact"]
+    start = sampled[sampled["stage"] == "sft"].set_index("seed")["value"]
+    sizes = sorted({int(size) for size in sampled["responses_per_prompt"].dropna()})
+    names = [name for name in ALGORITHMS if name in set(sampled["algorithm"])]
+    right.axhspan(-grpo.margin, grpo.margin, color="0.9", linewidth=0)
+    for axis in (left, right):
+        axis.axhline(0, color="0.4", linewidth=0.8)
+    handles = []
+    for index, name in enumerate(names):
+        label, color, marker = ALGORITHMS[name]
+        style = {"color": color, "marker": marker, "linestyle": "none"}
+        handles.append(Line2D([], [], label=label, **style))
+        place = {size: spot + 0.22 * (index - (len(names) - 1) / 2) for spot, size in enumerate(sizes)}
+        dots = sampled[sampled["algorithm"] == name]
+        dots = dots.assign(value=dots["value"] - dots["seed"].map(start), place=dots["responses_per_prompt"].map(place))
+        _dots(left, dots, "place", color)
+        rows = _rows(summary, "gain", algorithm=name)
+        _estimates(left, rows.assign(place=rows["responses_per_prompt"].map(place)), "place", **style)
+        if name != "ppo":
+            rows = _rows(summary, "minus_ppo", algorithm=name)
+            _estimates(right, rows.assign(place=rows["responses_per_prompt"].map(place)), "place", **style)
+            spot = len(sizes) + 0.22 * (index - (len(names) - 1) / 2)
+            _estimates(right, whole[whole["algorithm"] == name].assign(place=spot), "place", **style)
+    left.set_xticks(range(len(sizes)), [str(size) for size in sizes])
+    right.set_xticks(range(len(sizes) + 1), [*map(str, sizes), "mean"])
+    left.set(title="gain at equal roll-outs", xlabel="responses per prompt", ylabel="accuracy, trained minus SFT")
+    right.set(title="distance from PPO", xlabel="responses per prompt", ylabel="accuracy, minus PPO")
+    legend(handles, ncols=3)
+    return figure
+
+
+@_styled
+def learning_curves(metrics: pd.DataFrame) -> Figure:
+    """Gold reward and KL update by update, a column for each number of responses per prompt, every seed drawn.
+
+    Args:
+        metrics: one row per run and update: ``algorithm``, ``responses_per_prompt``, ``seed``, ``update``, ``gold``
+            (mean of the update's roll-outs) and ``kl_nats``.
+    """
+    sizes = sorted(metrics["responses_per_prompt"].unique())
+    caption = (
+        f"Roll-outs of training. Thin lines: {metrics['seed'].nunique()} seeds; thick lines: their mean, gold over "
+        "five updates; no intervals."
+    )
+    figure, axes, legend = _figure(2, len(sizes), 3.8, caption)
+    axes = np.reshape(axes, (2, len(sizes)))
+    names = [name for name in ALGORITHMS if name in set(metrics["algorithm"])]
+    for column, size in enumerate(sizes):
+        for row, (metric, window) in enumerate((("gold", 5), ("kl_nats", 1))):
+            axis = axes[row, column]
+            for name in names:
+                chosen = metrics[(metrics["algorithm"] == name) & (metrics["responses_per_prompt"] == size)]
+                table = chosen.pivot_table(index="update", columns="seed", values=metric)
+                color = ALGORITHMS[name][1]
+                axis.plot(table.index, table, color=color, linewidth=0.5, alpha=0.4)
+                mean = table.mean(axis=1).rolling(window, min_periods=1, center=True).mean()
+                axis.plot(table.index, mean, color=color, linewidth=1.6)
+            axis.sharey(axes[row, 0])
+            axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axes[0, column].set(title=f"{size} responses")
+        axes[1, column].set(xlabel="update")
+    axes[0, 0].set(ylabel="gold reward")
+    axes[1, 0].set(ylabel="KL to reference (nats)")
+    legend([Line2D([], [], color=ALGORITHMS[name][1], label=ALGORITHMS[name][0]) for name in names], ncols=3)
+    return figure
+
+
+def _doublings(axis, sizes: list[int], labels: list[str] | None = None) -> None:
+    """A log2 axis with a tick at each size."""
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(sizes, labels or [str(size) for size in sizes])
+    axis.xaxis.set_minor_locator(NullLocator())
+
+
+def _interval(row: pd.Series) -> str:
+    return f"{row.estimate:+.4f} [{row.ci_low:+.4f}, {row.ci_high:+.4f}]"

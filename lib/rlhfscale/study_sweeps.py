@@ -1,0 +1,229 @@
+"""From artifacts to tidy tables, for the figures of `sweeps`. Nothing here imports torch."""
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from safetensors.numpy import load_file
+
+from rlhfscale import ladder
+from rlhfscale.evals import best_of_n as bon
+from rlhfscale.results import summary_row
+from rlhfscale.spec import Spec
+from rlhfscale.specs import Policy, RewardModel, Samples
+from rlhfscale.stats.bootstrap import nested_bootstrap
+from rlhfscale.stats.claims import CLAIMS, EQUIVALENCE_MARGIN, ClaimResult, judge
+from rlhfscale.stats.fits import fit_slope, fit_with_intervals, slope_per_doubling
+from rlhfscale.study import (
+    Folders,
+    Tables,
+    _band_rows,
+    _mean_where_known,
+    _means,
+    _per_prompt,
+    _responses,
+    _rng,
+    _Runs,
+    _scores,
+)
+from rlhfscale.sweeps import Algorithms, ResponsesPerPrompt, RewardModelSize, _OnePolicy
+
+LAST_UPDATES = 5
+"""Updates at the end of training over which KL and proxy are averaged."""
+
+
+def reward_model_size(P: RewardModelSize, folders: Folders) -> Tables:
+    """C2: pair accuracy, best-of-N gain and PPO gain by reward-model rung, and their slopes per doubling."""
+    found = _Sweep(P, folders)
+    rungs, sizes = P.reward_model_rungs, [ladder.rung(rung).num_params for rung in P.reward_model_rungs]
+    about = {rung: {"reward_model": rung, "reward_model_params": size} for rung, size in zip(rungs, sizes, strict=True)}
+    drawn, before = _responses(folders, P.samples), found.before()
+    single = drawn.exact.mean(1)
+    pairs, best, after = [], [], []
+    for rung in rungs:
+        accuracy = {seed: _pair_accuracy(folders, P.reward_model(rung, seed)) for seed in P.seeds}
+        for seed, values in accuracy.items():
+            found.add(P.reward_model(rung, seed), seed, "pair_accuracy", values, rung=rung, **about[rung])
+        pairs.append([*accuracy.values()])
+        gain = [bon.best_of_n(drawn.exact, _scores(folders, P.scores(rung, seed)), [P.best_of])[:, 0] - single
+                for seed in P.seeds]  # fmt: skip
+        for seed, values in zip(P.seeds, gain, strict=True):
+            found.add(P.scores(rung, seed), seed, "best_of_n_gain", values, num_responses=P.best_of, **about[rung])
+        best.append(gain)
+        after.append(found.after([P.policy(rung, seed) for seed in P.seeds], **about[rung]))
+    values = {
+        "pair_accuracy": np.array(pairs),
+        "best_of_n_gain": np.array(best),
+        "ppo_gain": np.array(after) - before,
+    }
+    slopes = {}
+    for name, array in values.items():
+        for rung, interval in zip(rungs, _means(array).split(), strict=True):
+            found.summary.append(summary_row(name, interval, **about[rung]))
+        slopes[name] = nested_bootstrap(array, lambda means: slope_per_doubling(sizes, means), rng=_rng(), on="means")
+        found.summary.append(summary_row(f"{name}_slope", slopes[name]))
+        fit = fit_with_intervals(fit_slope, np.array(sizes), array, rng=_rng())
+        found.summary += _band_rows(f"{name}_fit", "reward_model_params", fit, slopes[name])
+    difference = nested_bootstrap(
+        values["best_of_n_gain"] - values["ppo_gain"],
+        lambda means: slope_per_doubling(sizes, means),
+        rng=_rng(),
+        on="means",
+    )
+    intervals = dict(zip(CLAIMS["C2"].rule.intervals, (slopes["ppo_gain"], difference), strict=True))
+    result = judge("C2", intervals)
+    found.summary.append(summary_row("slope_difference", difference) | {"verdict": result.verdict})
+    return found.tables(result)
+
+
+def _pair_accuracy(folders: Folders, spec: RewardModel) -> np.ndarray:
+    """Accuracy within each held-out prompt that has a pair of unequal gold, float64 [prompt]; these are the same for
+    every reward model of a recipe, as they depend on the responses alone."""
+    accuracy = _mean_where_known(load_file(folders[spec] / "held_out.safetensors")["pair_accuracy"])
+    return accuracy[~np.isnan(accuracy)]
+
+
+def responses_per_prompt(P: ResponsesPerPrompt, folders: Folders) -> Tables:
+    """C5: accuracy by ladder and responses per prompt, the gain of each doubling, and the claim's two statistics."""
+    found = _Sweep(P, folders)
+    before = found.before()
+    for name, sizes in P.ladders().items():
+        accuracy = []
+        for size in sizes:
+            policies = [P.policy(name, size, seed) for seed in P.seeds]
+            accuracy.append(found.after(policies, ladder=name, responses_per_prompt=size))
+        accuracy = np.array(accuracy)
+        found.by_size("sampled_exact", accuracy, sizes, ladder=name)
+        found.by_size("gain", accuracy - before, sizes, ladder=name)
+        found.by_size("doubling_gain", np.diff(accuracy, axis=0), sizes[1:], ladder=name)
+        if name == "ppo, equal prompts":
+            parts = nested_bootstrap(accuracy, first_and_last_doubling, rng=_rng(), on="means").split()
+            result = judge("C5", dict(zip(CLAIMS["C5"].rule.intervals, parts, strict=True)))
+            for quantity, part in zip(("first_doublings", "last_minus_half_of_first"), parts, strict=True):
+                row = summary_row(quantity, part, ladder=name, responses_per_prompt=max(sizes))
+                found.summary.append(row | {"verdict": result.verdict})
+    extra = {"cost.csv": cost(P, folders)}
+    return found.tables(result, extra=extra)
+
+
+def first_and_last_doubling(means: np.ndarray) -> np.ndarray:
+    """Of accuracies at 1, 2, 4, ... responses: the mean gain of the first two doublings, and the gain of the last one
+    minus half of that."""
+    doublings = np.diff(means)
+    first = doublings[:2].mean()
+    return np.array([first, doublings[-1] - first / 2])
+
+
+def algorithms(P: Algorithms, folders: Folders) -> Tables:
+    """C9: accuracy by algorithm and responses per prompt at equal roll-outs, and each algorithm's distance from PPO."""
+    found = _Sweep(P, folders)
+    before, accuracy = found.before(), {}
+    for name in P.algorithms:
+        cells = []
+        for size in P.responses:
+            policies = [P.policy(name, size, seed) for seed in P.seeds]
+            cells.append(found.after(policies, algorithm=name, responses_per_prompt=size))
+        accuracy[name] = np.array(cells)
+        found.by_size("sampled_exact", accuracy[name], P.responses, algorithm=name)
+        found.by_size("gain", accuracy[name] - before, P.responses, algorithm=name)
+    for name in (name for name in P.algorithms if name != "ppo"):
+        difference = accuracy[name] - accuracy["ppo"]
+        found.by_size("minus_ppo", difference, P.responses, algorithm=name)
+        whole = nested_bootstrap(difference.mean(0), np.mean, rng=_rng(), on="means")
+        row = summary_row("minus_ppo_in_all", whole, algorithm=name)
+        row |= {"margin": EQUIVALENCE_MARGIN, "equivalent": bool(max(-whole.low, whole.high) < EQUIVALENCE_MARGIN)}
+        if name == "grpo":
+            result = judge("C9", whole)
+            row |= {"verdict": result.verdict}
+        found.summary.append(row)
+    extra = {"training.csv": learning_curves(P, folders), "cost.csv": cost(P, folders)}
+    return found.tables(result, extra=extra)
+
+
+def learning_curves(P: Algorithms, folders: Folders) -> pd.DataFrame:
+    """Every update of every policy, as `plots_sweeps.learning_curves` wants it."""
+    columns = ["update", "proxy", "gold", "exact", "kl_nats", "response_tokens", "finished"]
+    return pd.concat(
+        [pd.read_csv(folders[policy] / "metrics.csv")[columns].assign(**_about(policy)) for policy in P.policies()],
+        ignore_index=True,
+    )
+
+
+def cost(P: _OnePolicy, folders: Folders) -> pd.DataFrame:
+    """Roll-outs and seconds that each policy's training took, on the machine and in the company it was run in."""
+    rows = []
+    for policy in P.policies():
+        made = json.loads((folders[policy] / "manifest.json").read_text())
+        rollouts = policy.num_updates * policy.prompts_per_update * policy.responses_per_prompt
+        rows.append(_about(policy) | {"rollouts": rollouts, "wall_s": made["wall_s"], "cpu_s": made["cpu_s"]})
+    return pd.DataFrame(rows)
+
+
+def mean_cost(costs: pd.DataFrame) -> pd.DataFrame:
+    """The table of `cost`, mean over seeds."""
+    return costs.groupby(["algorithm", "prompts", "responses_per_prompt"]).mean().drop(columns="seed").round(1)
+
+
+def _about(policy: Policy) -> dict[str, Any]:
+    return {
+        "algorithm": policy.algorithm,
+        "prompts": policy.prompts_per_update,
+        "responses_per_prompt": policy.responses_per_prompt,
+        "seed": policy.seed,
+    }
+
+
+class _Sweep:
+    """Collects the tables of a figure whose policies are all of one rung."""
+
+    def __init__(self, P: _OnePolicy, folders: Folders):
+        self.P, self.folders = P, folders
+        self.rows, self.summary, self.prompts = _Runs(P), [], []
+
+    def before(self) -> np.ndarray:
+        """Sampled accuracy of the SFT model, float64 [seed, prompt]; adds its rows."""
+        values = [self._sampled(self.P.before(seed), seed, stage="sft") for seed in self.P.seeds]
+        self.summary.append(summary_row("sampled_exact", _means(np.array(values)[None]).split()[0], stage="sft"))
+        return np.array(values)
+
+    def after(self, policies: Iterable[Policy], **about: Any) -> np.ndarray:
+        """Sampled accuracy of a cell's policies, one for each seed, float64 [seed, prompt]; adds their rows."""
+        values = []
+        for policy in policies:
+            values.append(self._sampled(self.P.evaluation(policy), policy.seed, stage=policy.algorithm, **about))
+            last = pd.read_csv(self.folders[policy] / "metrics.csv").tail(LAST_UPDATES).mean()
+            training = {"kl_nats": last["kl_nats"], "proxy": last["proxy"]}
+            counted = {"seed": policy.seed, "num_prompts": policy.prompts_per_update}
+            self.rows.add(policy, training, rung=self.P.policy_rung, stage=policy.algorithm, **about, **counted)
+        return np.array(values)
+
+    def _sampled(self, spec: Samples, seed: int, **about: Any) -> np.ndarray:
+        responses = _responses(self.folders, spec)
+        values = responses.exact.mean(1)
+        self.add(spec, seed, "sampled_exact", values, **about)
+        others = {
+            "sampled_gold": responses.gold.mean(),
+            "finished": responses.finished.mean(),
+            "response_tokens": responses.response_lengths.mean(),
+        }
+        self.rows.add(spec, others, rung=self.P.policy_rung, seed=seed, num_prompts=len(values), **about)
+        return values
+
+    def add(
+        self, spec: Spec, seed: int, metric: str, values: np.ndarray, *, rung: str | None = None, **about: Any
+    ) -> None:
+        """A run's mean and its values by prompt."""
+        rung = rung or self.P.policy_rung
+        self.rows.add(spec, {metric: values.mean()}, rung=rung, seed=seed, num_prompts=len(values), **about)
+        self.prompts.append(_per_prompt(spec, seed, metric, values).assign(**about))
+
+    def by_size(self, quantity: str, values: np.ndarray, sizes: Sequence[int], **about: Any) -> None:
+        """A summary row for each number of responses; values are float64 [size, seed, prompt]."""
+        for size, interval in zip(sizes, _means(values).split(), strict=True):
+            self.summary.append(summary_row(quantity, interval, responses_per_prompt=size, **about))
+
+    def tables(self, result: ClaimResult, extra: dict[str, pd.DataFrame] | None = None) -> Tables:
+        prompts = pd.concat(self.prompts, ignore_index=True)
+        return Tables(self.rows.table(), pd.DataFrame(self.summary), prompts, (result,), extra or {})
