@@ -6,7 +6,7 @@ import subprocess
 import nbformat
 import pytest
 
-from rlhfscale import figures, ladder, language, params, readme, registry, specs, study
+from rlhfscale import figures, ladder, language, params, readme, registry, specs, study, sweeps
 from rlhfscale.params import ParamsError
 from rlhfscale.paths import project_root
 from rlhfscale.recipe import Recipe
@@ -21,6 +21,9 @@ GOOD = {
     "best_of_n": (figures.BestOfN, params.read_yaml(ROOT / "params/smoke/06_best_of_n.yaml")),
     "policy_size": (figures.PolicySize, params.read_yaml(ROOT / "params/smoke/01_policy_size.yaml")),
     "test_bed": (figures.TestBed, params.read_yaml(ROOT / "params/smoke/00_test_bed.yaml")),
+    "reward": (sweeps.RewardModelSize, params.read_yaml(ROOT / "params/smoke/02_reward_model_size.yaml")),
+    "responses": (sweeps.ResponsesPerPrompt, params.read_yaml(ROOT / "params/smoke/05_responses_per_prompt.yaml")),
+    "algorithms": (sweeps.Algorithms, params.read_yaml(ROOT / "params/smoke/09_algorithms.yaml")),
 }
 
 
@@ -50,6 +53,45 @@ def eval_literal(text):
 def test_figures_share_their_nodes():
     bed, size = (params.load(name, "laptop") for name in ("00_test_bed", "01_policy_size"))
     assert {spec.key for spec in size.specs()} <= {spec.key for spec in bed.specs()}
+    known, new = _nodes("00_test_bed", "01_policy_size", "06_best_of_n"), {}
+    for name in ("02_reward_model_size", "05_responses_per_prompt", "09_algorithms"):
+        new[name] = _nodes(name).keys() - known.keys()
+        known |= _nodes(name)
+    kinds = {name: {known[key].stage for key in keys} for name, keys in new.items()}
+    assert kinds.pop("02_reward_model_size") == {"policy", "samples", "scores"}  # no model of the ladder, no labels
+    assert all(kind == {"policy", "samples"} for kind in kinds.values())
+    assert sum(known[key].cost_s for keys in new.values() for key in keys) < 60 * 60
+    assert not any(known[key].algorithm == "ppo" for key in new["09_algorithms"] if known[key].stage == "policy")
+
+
+def _nodes(*names):
+    return {node.key: node for name in names for spec in params.load(name, "laptop").specs() for node in spec.walk()}
+
+
+def test_a_sweep_of_responses_moves_nothing_else():
+    """Equal optimiser steps in every cell, equal prompts or equal roll-outs, and one response of the recipe's PPO."""
+    found = params.load("05_responses_per_prompt", "laptop")
+    recipe = Recipe.load("laptop")
+    fixed = {
+        "sft",
+        "reward_model",
+        "epochs",
+        "num_updates",
+        "policy_lr",
+        "kl_coefficient",
+        "clip",
+        "temperature",
+        "seed",
+    }
+    for name, sizes in found.ladders().items():
+        for size in sizes:
+            policy, usual = found.policy(name, size, seed=1), recipe.policy("55k", "150k", 1)
+            assert all(getattr(policy, field) == getattr(usual, field) for field in fixed)
+            rollouts = policy.prompts_per_update * policy.responses_per_prompt
+            assert rollouts / policy.minibatch_size == recipe.steps_per_epoch == 2
+            assert policy.responses_per_prompt == size and policy.algorithm == name[: name.index(",")]
+            assert (policy.prompts_per_update if "prompts" in name else rollouts) == (64 if "prompts" in name else 256)
+    assert found.policy("ppo, equal roll-outs", 1, 1).key == recipe.policy("55k", "150k", 1).key
 
 
 def test_figures_use_neither_the_seed_nor_the_prompts_the_recipe_was_chosen_on():
@@ -84,6 +126,21 @@ def test_figures_use_neither_the_seed_nor_the_prompts_the_recipe_was_chosen_on()
         ("test_bed", {"data_rung": "980k"}, ["data_rung", "980k"]),
         ("test_bed", {"policy_rungs": ["14k", "25k", "55k"]}, ["policy_rungs", "at least 4"]),
         ("test_bed", {"gain_rungs": ["14k"]}, ["gain_rungs", "at least 2"]),
+        ("reward", {"policy_rung": "8b"}, ["policy_rung", "8b", *ladder.RUNGS]),
+        ("reward", {"reward_model_rungs": ["14k"]}, ["reward_model_rungs", "at least 2"]),
+        ("reward", {"best_of": 16}, ["best_of", "16", "num_samples = 8"]),
+        ("reward", {"best_of": 1}, ["best_of"]),
+        ("responses", {"responses": [1, 2, 4]}, ["responses", "at least 4"]),
+        ("responses", {"responses": [1, 2, 4, 16]}, ["responses", "each doubling"]),
+        ("responses", {"grpo_responses": [1, 2]}, ["grpo_responses", "must be 2"]),
+        ("responses", {"rollout_responses": [1, 2, 4], "rollouts": 66}, ["rollout_responses", "4", "66"]),
+        ("responses", {"num_prompts": 15}, ["num_prompts", "15 prompts x 1", "2 minibatches"]),
+        ("responses", {"reward_model_rung": "1k"}, ["reward_model_rung", "1k"]),
+        ("algorithms", {"algorithms": ["ppo", "rloo"]}, ["algorithms", "grpo"]),
+        ("algorithms", {"algorithms": ["ppo", "grpo", "grpo"]}, ["algorithms", "twice"]),
+        ("algorithms", {"algorithms": ["ppo", "dpo"]}, ["algorithms", "dpo", "'rloo'"]),
+        ("algorithms", {"responses": [1, 2]}, ["responses", "at least 2"]),
+        ("algorithms", {"responses": [3]}, ["responses", "3", "64"]),
     ],
 )
 def test_bad_parameters_name_the_field(figure, change, words):

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from rlhfscale import plots
+from rlhfscale import plots, plots_sweeps
 from rlhfscale.results import ResultsFolder
 
 RUNGS = {"r1": 25_000, "r2": 60_000, "r3": 150_000, "r4": 390_000, "r5": 1_000_000}
@@ -97,7 +97,80 @@ def training_metrics():
     return pd.concat(tables)
 
 
-TABLES = {"policy_size": policy_size_tables, "best_of_n": best_of_n_tables, "test_bed": test_bed_tables}
+def sampled(level, rng, **about):
+    return [run("sampled_exact", seed, level + 0.005 * rng.standard_normal(), **about) for seed in SEEDS]
+
+
+def reward_model_size_tables():
+    rng = np.random.default_rng(0)
+    runs, summary = sampled(0.5, rng, stage="sft"), [row("sampled_exact", 0.5, 0.02, stage="sft")]
+    rises = {"pair_accuracy": (0.75, 0.02), "best_of_n_gain": (0.05, 0.015), "ppo_gain": (0.03, 0.005)}
+    for name, (level, slope) in rises.items():
+        for size in RUNGS.values():
+            about, mean = {"reward_model_params": size}, level + slope * np.log2(size / 25e3)
+            summary.append(row(name, mean, 0.01, **about))
+            if name == "ppo_gain":
+                runs += sampled(0.5 + mean, rng, stage="ppo", **about)
+            else:
+                runs += [run(name, seed, mean, num_responses=8, **about) for seed in SEEDS]
+        for size in np.geomspace(25e3, 1e6, 20):
+            line = level + slope * np.log2(size / 25e3)
+            summary.append(row(f"{name}_fit", line, 0.008, reward_model_params=size))
+        summary.append(row(f"{name}_slope", slope, 0.003))
+    summary.append(row("slope_difference", 0.01, 0.004, verdict="reproduced"))
+    return pd.DataFrame(runs), pd.DataFrame(summary)
+
+
+def responses_per_prompt_tables():
+    rng = np.random.default_rng(0)
+    runs, summary = sampled(0.5, rng, stage="sft"), [row("sampled_exact", 0.5, 0.02, stage="sft")]
+    for index, name in enumerate(plots_sweeps.LADDERS):
+        for power in range(6):
+            about = {"ladder": name, "responses_per_prompt": 2**power}
+            runs += sampled(0.56 - 0.03 * 0.5**power + 0.01 * index, rng, stage="ppo", **about)
+            summary.append(row("sampled_exact", 0.56 - 0.03 * 0.5**power + 0.01 * index, 0.01, stage=np.nan, **about))
+            if power:
+                summary.append(row("doubling_gain", 0.03 * 0.5**power, 0.006, **about))
+    for quantity, estimate in (("first_doublings", 0.012), ("last_minus_half_of_first", -0.005)):
+        summary.append(row(quantity, estimate, 0.004, verdict="reproduced"))
+    return pd.DataFrame(runs), pd.DataFrame(summary)
+
+
+def algorithms_tables():
+    rng = np.random.default_rng(0)
+    runs, summary = sampled(0.5, rng, stage="sft"), []
+    for index, name in enumerate(plots_sweeps.ALGORITHMS):
+        for size in (2, 4, 8):
+            about = {"algorithm": name, "responses_per_prompt": size}
+            runs += sampled(0.55 + 0.004 * index, rng, stage=name, **about)
+            summary.append(row("gain", 0.05 + 0.004 * index, 0.008, **about))
+            summary.append(row("minus_ppo", 0.004 * index, 0.006, **about))
+        whole = row("minus_ppo_in_all", 0.004 * index, 0.004, algorithm=name, margin=0.01)
+        summary.append(whole | ({"verdict": "reproduced"} if name == "grpo" else {}))
+    return pd.DataFrame(runs), pd.DataFrame([item for item in summary if "minus" not in item["quantity"]
+                                             or item["algorithm"] != "ppo"])  # fmt: skip
+
+
+def learning_curves_metrics():
+    rng, update = np.random.default_rng(0), np.arange(30)
+    tables = []
+    for name in plots_sweeps.ALGORITHMS:
+        for size in (2, 4, 8):
+            for seed in SEEDS:
+                gold = 0.7 + 0.002 * update + 0.01 * rng.standard_normal(30)
+                columns = {"update": update, "gold": gold, "kl_nats": 0.005 * update}
+                tables.append(pd.DataFrame({"algorithm": name, "responses_per_prompt": size, "seed": seed, **columns}))
+    return pd.concat(tables)
+
+
+TABLES = {
+    "policy_size": policy_size_tables,
+    "best_of_n": best_of_n_tables,
+    "test_bed": test_bed_tables,
+    "reward_model_size": reward_model_size_tables,
+    "responses_per_prompt": responses_per_prompt_tables,
+    "algorithms": algorithms_tables,
+}
 
 
 def artists_outside(figure):
@@ -115,7 +188,8 @@ def test_figures_render_from_the_csv_files_alone(name, tmp_path):
     folder = ResultsFolder(name, "smoke", tmp_path)
     folder.write_runs(runs)
     folder.write_summary(summary)
-    figure = getattr(plots, name)(folder.read("runs.csv"), folder.read("summary.csv"))
+    module = plots if hasattr(plots, name) else plots_sweeps
+    figure = getattr(module, name)(folder.read("runs.csv"), folder.read("summary.csv"))
     png, svg = folder.write_figure(figure)
     assert figure.get_figwidth() == plots.WIDTH_IN
     assert not artists_outside(figure)
@@ -137,6 +211,23 @@ def test_training_curves_draw_each_seed_and_the_mean(tmp_path):
     ResultsFolder("curves", "smoke", tmp_path).write_figure(figure)
     assert len(figure.axes[0].lines) == len(RUNGS) * (len(SEEDS) + 1)
     assert not artists_outside(figure)
+
+
+def test_learning_curves_draw_each_seed_and_the_mean(tmp_path):
+    figure = plots_sweeps.learning_curves(learning_curves_metrics())
+    ResultsFolder("learning", "smoke", tmp_path).write_figure(figure)
+    assert [len(axis.lines) for axis in figure.axes] == [3 * (len(SEEDS) + 1)] * 6
+    assert not artists_outside(figure)
+
+
+def test_captions_name_the_statistic_and_the_verdict():
+    for name, words in (
+        ("reward_model_size", ["+0.0100 [+0.0060, +0.0140]", "C2: reproduced"]),
+        ("responses_per_prompt", ["+0.0120 [+0.0080, +0.0160]", "-0.0050", "C5: reproduced"]),
+        ("algorithms", ["margin 0.01", "+0.0040 [+0.0000, +0.0080]", "C9: reproduced"]),
+    ):
+        caption = " ".join(getattr(plots_sweeps, name)(*TABLES[name]()).texts[0].get_text().split())
+        assert all(word in caption for word in words), caption
 
 
 def test_policy_size_shows_every_seed_and_the_paired_gain():
