@@ -106,6 +106,9 @@ def test_c5_on_planted_ladders(doublings, verdict):
     assert judge("C5", dict(zip(CLAIMS["C5"].rule.intervals, found, strict=True))).verdict == verdict
 
 
+GAIN = interval(0.04, 0.05)
+
+
 @pytest.mark.parametrize(
     ("ends", "verdict"),
     [((-0.006, 0.008), "reproduced"), ((0.002, 0.008), "reproduced"), ((0.011, 0.02), "contradicted"),
@@ -114,7 +117,14 @@ def test_c5_on_planted_ladders(doublings, verdict):
 )  # fmt: skip
 def test_c9_is_a_test_for_equivalence(ends, verdict):
     """A difference shown to be small counts as none, even one shown not to be 0; failing to show one does not."""
-    assert judge("C9", interval(*ends)).verdict == verdict
+    assert judge("C9", {"GRPO minus PPO": interval(*ends), "PPO gain": GAIN}).verdict == verdict
+
+
+@pytest.mark.parametrize("gain", [(0.0, 0.0), (0.005, 0.015), (-0.04, -0.02)])
+def test_c9_says_nothing_of_policies_that_learned_nothing(gain):
+    small, large = interval(-0.001, 0.001), interval(0.02, 0.03)
+    assert judge("C9", {"GRPO minus PPO": small, "PPO gain": interval(*gain)}).verdict == "inconclusive"
+    assert judge("C9", {"GRPO minus PPO": large, "PPO gain": interval(*gain)}).verdict == "contradicted"
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.009, 0.03])
@@ -125,7 +135,7 @@ def test_c9_keeps_its_error_rate(shift):
     for _ in range(200):
         values = shift + 0.003 * rng.standard_normal((5, 1)) + 0.02 * rng.standard_normal((5, 60))
         found = nested_bootstrap(values, np.mean, num_draws=100, rng=rng, on="means")
-        verdicts.append(judge("C9", found).verdict)
+        verdicts.append(judge("C9", {"GRPO minus PPO": found, "PPO gain": GAIN}).verdict)
     share = {verdict: verdicts.count(verdict) / len(verdicts) for verdict in set(verdicts)}
     if shift == 0:
         assert share["reproduced"] >= 0.9
@@ -136,9 +146,11 @@ def test_c9_keeps_its_error_rate(shift):
 
 
 def test_an_equivalence_is_one_row_of_the_ledger(tmp_path):
-    ResultsFolder("09_algorithms", "smoke", tmp_path).write_claims([judge("C9", interval(-0.004, 0.014))])
+    result = judge("C9", {"GRPO minus PPO": interval(-0.004, 0.014), "PPO gain": GAIN})
+    ResultsFolder("09_algorithms", "smoke", tmp_path).write_claims([result])
     table = pd.read_csv(tmp_path / "smoke" / "claims.csv")
-    assert len(table) == 1 and table["seeds_to_settle"][0].startswith("about ")
+    assert table["estimate"].tolist() == [0.005, 0.045] and table["seeds_to_settle"][0].startswith("about ")
+    assert pd.isna(table["seeds_to_settle"][1])
     assert "GRPO minus PPO < 0.01 and GRPO minus PPO > -0.01" in table["rule"][0]
 
 

@@ -135,7 +135,9 @@ def algorithms(P: Algorithms, folders: Folders) -> Tables:
         row = summary_row("minus_ppo_in_all", whole, algorithm=name)
         row |= {"margin": EQUIVALENCE_MARGIN, "equivalent": bool(max(-whole.low, whole.high) < EQUIVALENCE_MARGIN)}
         if name == "grpo":
-            result = judge("C9", whole)
+            gain = nested_bootstrap((accuracy["ppo"] - before).mean(0), np.mean, rng=_rng(), on="means")
+            found.summary.append(summary_row("gain_in_all", gain, algorithm="ppo"))
+            result = judge("C9", dict(zip(CLAIMS["C9"].rule.intervals, (whole, gain), strict=True)))
             row |= {"verdict": result.verdict}
         found.summary.append(row)
     extra = {"training.csv": learning_curves(P, folders), "cost.csv": cost(P, folders)}

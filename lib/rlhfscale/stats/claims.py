@@ -36,17 +36,19 @@ class Part:
     side: Literal["below", "above"]
     """Side of the threshold on which the claim places the statistic."""
     threshold: float = 0.0
+    premise: bool = False
+    """Without it the claim says nothing, such as that there is an effect at all; its failing contradicts nothing."""
 
     def verdict(self, interval: Interval) -> Verdict:
         """Verdict of this part alone; an interval that touches the threshold is inconclusive."""
         below, above = interval.high < self.threshold, interval.low > self.threshold
         on_side, opposite = (below, above) if self.side == "below" else (above, below)
-        return "reproduced" if on_side else "contradicted" if opposite else "inconclusive"
+        return "reproduced" if on_side else "contradicted" if opposite and not self.premise else "inconclusive"
 
     def describe(self) -> str:
         """The test in words, for the ledger."""
         sign = {"below": "<", "above": ">"}[self.side]
-        return f"{self.interval} {sign} {self.threshold:g}"
+        return f"{self.interval} {sign} {self.threshold:g}{' (premise)' if self.premise else ''}"
 
 
 @dataclass(frozen=True)
@@ -176,12 +178,14 @@ CLAIMS: dict[str, Claim] = {
             paper="",
             statistic=(
                 "sampled exact accuracy after GRPO minus that after PPO, at equal roll-outs, mean over the numbers of "
-                f"responses per prompt; equivalence: two one-sided tests, margin {EQUIVALENCE_MARGIN}"
+                f"responses per prompt; equivalence: two one-sided tests, margin {EQUIVALENCE_MARGIN}; premise: PPO's "
+                "own gain exceeds the margin"
             ),
             rule=Rule(
                 (
                     Part("GRPO minus PPO", "below", EQUIVALENCE_MARGIN),
                     Part("GRPO minus PPO", "above", -EQUIVALENCE_MARGIN),
+                    Part("PPO gain", "above", EQUIVALENCE_MARGIN, premise=True),
                 )
             ),
         ),
