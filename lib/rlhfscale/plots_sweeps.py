@@ -77,7 +77,7 @@ def reward_model_size(runs: pd.DataFrame, summary: pd.DataFrame) -> Figure:
         text = f"slope {slope.estimate:+.4f}\n[{slope.ci_low:+.4f}, {slope.ci_high:+.4f}]"
         axis.text(0.03, 0.98, text, transform=axis.transAxes, va="top", fontsize=7)
     gains = axes[1:]
-    low, high = min(axis.get_ylim()[0] for axis in gains), max(axis.get_ylim()[1] for axis in gains)
+    low, high = min(0.0, *(axis.get_ylim()[0] for axis in gains)), max(axis.get_ylim()[1] for axis in gains)
     for axis in gains:
         axis.set_ylim(low, high)
         axis.axhline(0, color="0.4", linewidth=0.8)
@@ -117,9 +117,9 @@ def responses_per_prompt(runs: pd.DataFrame, summary: pd.DataFrame) -> Figure:
         handles.append(Line2D([], [], linestyle=linestyle, label=label, **style))
     sizes = sorted({int(size) for size in runs["responses_per_prompt"].dropna()})
     _doublings(left, sizes)
-    _doublings(right, sizes[1:], [f"{size // 2} to {size}" for size in sizes[1:]])
+    _doublings(right, sizes[1:], [f"to {size}" for size in sizes[1:]])
     left.set(title="accuracy", xlabel="responses per prompt", ylabel="sampled exact-match accuracy")
-    right.set(title="gain of each doubling", xlabel="responses per prompt", ylabel="accuracy")
+    right.set(title="gain of each doubling", xlabel="responses per prompt, doubled", ylabel="accuracy")
     legend(handles, ncols=4)
     return figure
 
