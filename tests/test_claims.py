@@ -145,12 +145,15 @@ def test_c9_keeps_its_error_rate(shift):
         assert share["contradicted"] >= 0.9
 
 
-def test_an_equivalence_is_one_row_of_the_ledger(tmp_path):
+def test_an_equivalence_has_one_row_for_each_interval(tmp_path):
     result = judge("C9", {"GRPO minus PPO": interval(-0.004, 0.014), "PPO gain": GAIN})
     ResultsFolder("09_algorithms", "smoke", tmp_path).write_claims([result])
     table = pd.read_csv(tmp_path / "smoke" / "claims.csv")
     assert table["estimate"].tolist() == [0.005, 0.045] and table["seeds_to_settle"][0].startswith("about ")
     assert pd.isna(table["seeds_to_settle"][1])
+    failed = judge("C9", {"GRPO minus PPO": interval(-0.004, 0.004), "PPO gain": interval(-0.04, -0.02)})
+    ResultsFolder("09_algorithms", "smoke", tmp_path).write_claims([failed])
+    assert pd.read_csv(tmp_path / "smoke" / "claims.csv")["seeds_to_settle"].isna().all()  # no seeds would help
     assert "GRPO minus PPO < 0.01 and GRPO minus PPO > -0.01" in table["rule"][0]
 
 

@@ -25,21 +25,9 @@ REWARD = (
 )  # fmt: skip
 TRAINERS = tuple(
     f"rl/{name}"
-    for name in (
-        "config",
-        "ppo",
-        "grpo",
-        "rloo",
-        "loop",
-        "learner",
-        "rollout",
-        "logprobs",
-        "kl",
-        "advantages",
-        "losses",
-        "metrics",
-    )
-)
+    for name in ("config", "ppo", "grpo", "rloo", "loop", "learner", "rollout", "logprobs", "kl", "advantages",
+                 "losses", "metrics")
+)  # fmt: skip
 EVALS = tuple(f"evals/{name}" for name in ("benchmarks", "evaluate", "judge", "mt_bench", "revisions", "sources"))
 MODULES = {
     "pretrain": TRAINING,

@@ -60,11 +60,11 @@ class Recipe(BaseModel):
     ppo_lora_rank: int = Field(ge=1, description="rank of the policy's and the critic's adapter")
     ppo_lora_alpha: float = Field(gt=0, description="LoRA's scale numerator")
     grpo_policy_lr: float = Field(
-        gt=0, description="ppo_policy_lr of GRPO; it takes all else, but the critic, from PPO"
+        gt=0, description="ppo_policy_lr of GRPO, which takes all else, but a critic, from PPO"
     )
     grpo_kl: float = Field(ge=0, description="ppo_kl of GRPO, in standard deviations within a group for a nat")
     rloo_policy_lr: float = Field(
-        gt=0, description="ppo_policy_lr of RLOO; it takes all else, but the critic, from PPO"
+        gt=0, description="ppo_policy_lr of RLOO, which takes all else, but a critic, from PPO"
     )
     rloo_kl: float = Field(ge=0, description="ppo_kl of RLOO")
     eval_prompts: int = Field(ge=2, description="held-out prompts")
@@ -180,7 +180,8 @@ class Recipe(BaseModel):
             prompts, responses: prompts in an update and responses to each, in place of the recipe's. Minibatches grow
                 or shrink with the roll-outs, so that the number of optimiser steps stays.
         """
-        prompts, responses = prompts or self.ppo_prompts, responses or self.ppo_responses
+        prompts = self.ppo_prompts if prompts is None else prompts
+        responses = self.ppo_responses if responses is None else responses
         critic = {
             "critic": self.ppo_critic,
             "critic_lr": self.ppo_critic_lr,

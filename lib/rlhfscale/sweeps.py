@@ -117,7 +117,7 @@ class ResponsesPerPrompt(_OnePolicy):
             sizes = getattr(self, name)
             if list(sizes) != [first * 2**power for power in range(len(sizes))]:
                 raise ValueError(f"{name}: {list(sizes)} must be {first} and each doubling of it in turn")
-        for size in {*self.responses, *self.grpo_responses}:
+        for size in sorted({*self.responses, *self.grpo_responses}):
             self._splits("num_prompts", self.num_prompts, size)
         for size in self.rollout_responses:
             if self.rollouts % size:

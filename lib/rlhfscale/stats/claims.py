@@ -266,7 +266,7 @@ def _rows(result: ClaimResult, figure: str) -> list[dict]:
     for name in claim.rule.intervals:
         interval = result.intervals[name]
         parts = [part for part in claim.rule.parts if part.interval == name]
-        undecided = [part for part in parts if part.verdict(interval) == "inconclusive"]
+        undecided = [part for part in parts if interval.low <= part.threshold <= interval.high]
         part_open = result.verdict == "inconclusive" and bool(undecided)
         needed = [seeds_to_settle(interval, part.threshold) for part in undecided] if part_open else []
         settled = "more prompts" if None in needed else f"about {max(needed, default=0)}"
