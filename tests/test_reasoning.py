@@ -109,7 +109,7 @@ class Chat(Letters):
 
 def test_the_verifier_as_a_reward_knows_each_prompt_by_its_tokens():
     questions = [SUM, Question("chain_sum", "5 - 5", "0")]
-    sequences = Sequences.join([[3, 0], [3, 1], [3, 0]], [[8], [8], [1, 8]], np.ones(3, bool), Chat())
+    sequences = Sequences.join([[3, 0], [3, 1], [3, 0]], [[8], [8], [8, 1]], np.ones(3, bool), Chat())
     found = Verifier(questions, Chat()).score(sequences)
     np.testing.assert_array_equal(found, np.array([1, 0, 0], np.float32))
     with pytest.raises(KeyError):
