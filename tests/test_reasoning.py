@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from rlhfscale.data.answers import Answers
+from rlhfscale.data.answers import Answers, Verifier
 from rlhfscale.samplers import Completions
+from rlhfscale.sequences import Sequences
 from rlhfscale.tasks import reasoning
 from rlhfscale.tasks.reasoning import Question
 
@@ -95,3 +96,36 @@ def test_answers_are_graded_and_kept(tmp_path):
     assert again.questions == questions
     for name in ("ids", "lengths", "finished", "right", "bare"):
         np.testing.assert_array_equal(getattr(again, name), getattr(found, name))
+
+
+class Chat(Letters):
+    """It numbers conversations by their question."""
+
+    known: tuple[str, ...] = (SUM.text, "5 - 5")
+
+    def apply_chat_template(self, conversation, **options):
+        return {"input_ids": [3, self.known.index(conversation[-1]["content"])]}
+
+
+def test_the_verifier_as_a_reward_knows_each_prompt_by_its_tokens():
+    questions = [SUM, Question("chain_sum", "5 - 5", "0")]
+    sequences = Sequences.join([[3, 0], [3, 1], [3, 0]], [[8], [8], [8, 1]], np.ones(3, bool), Chat())
+    found = Verifier(questions, Chat()).score(sequences)
+    np.testing.assert_array_equal(found, np.array([1, 0, 0], np.float32))
+    with pytest.raises(KeyError):
+        Verifier(questions[:1], Chat()).score(sequences)
+
+
+def test_rejection_sampling_keeps_the_bare_answer_of_what_was_answered_rightly_once():
+    class Encoding(Chat):
+        eos_token_id = 0
+
+        def encode(self, text, add_special_tokens):
+            return [self.text.index(letter) for letter in text]
+
+    questions = (SUM, Question("chain_sum", "5 - 5", "0"))
+    right = np.array([[False, True], [False, False]])
+    empty = np.zeros((2, 2), np.int32)
+    found = Answers(questions, empty[..., None], empty, right, right, right).accepted(Encoding())
+    assert found.ids.tolist() == [[3, 0, 8, 0]]
+    assert found.prompt_lengths.tolist() == [2] and found.finished.all()

@@ -11,6 +11,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from rlhfscale import plots
+from rlhfscale.bench.rounds import CI_METHOD, median_interval
 from rlhfscale.paths import project_root
 
 NAME = "90_throughput"
@@ -70,29 +71,32 @@ def cpu_ratios(row: dict[str, Any]) -> np.ndarray:
 
 def summary(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
     """One row for each case: seconds, the ratio with its interval, memory, and the share of the product peak."""
-    return pd.DataFrame(
-        {
-            "case": row["case"],
-            "peer": row["peer"]["name"],
-            "ours_s": float(np.median(row["ours"]["cpu_seconds_by_round"])),
-            "peer_s": float(np.median(row["peer"]["cpu_seconds_by_round"])),
-            "speed_ratio": float(np.median(cpu_ratios(row))),
-            "ci_low": cpu_ratios(row).min(),
-            "ci_high": cpu_ratios(row).max(),
-            "ci_method": "CPU seconds; least and largest of the rounds, an interval of the median",
-            "ci_coverage": 1 - 2.0 ** (1 - len(row["ratios"])),
-            "num_rounds": len(row["ratios"]),
-            "ours_dtype": row["ours"]["dtype"],
-            "peer_dtype": row["peer"]["dtype"],
-            "ours_peak_mib": row["ours"]["peak_rss_mib"],
-            "peer_peak_mib": row["peer"]["peak_rss_mib"],
-            "memory_ratio": row["ours"]["peak_rss_mib"] / row["peer"]["peak_rss_mib"],
-            **{f"{side}_share_of_peak": _share(row, side) for side in ("ours", "peer")},
-            "threads": row["threads"],
-            "command": COMMAND,
-        }
-        for row in rows
-    )
+    return pd.DataFrame(_summary(row) for row in rows)
+
+
+def _summary(row: dict[str, Any]) -> dict[str, Any]:
+    ratios = cpu_ratios(row)
+    low, high, coverage = median_interval(ratios)
+    return {
+        "case": row["case"],
+        "peer": row["peer"]["name"],
+        "ours_s": float(np.median(row["ours"]["cpu_seconds_by_round"])),
+        "peer_s": float(np.median(row["peer"]["cpu_seconds_by_round"])),
+        "speed_ratio": float(np.median(ratios)),
+        "ci_low": low,
+        "ci_high": high,
+        "ci_method": f"{CI_METHOD} of the rounds' CPU seconds, an interval of the median",
+        "ci_coverage": coverage,
+        "num_rounds": len(ratios),
+        "ours_dtype": row["ours"]["dtype"],
+        "peer_dtype": row["peer"]["dtype"],
+        "ours_peak_mib": row["ours"]["peak_rss_mib"],
+        "peer_peak_mib": row["peer"]["peak_rss_mib"],
+        "memory_ratio": row["ours"]["peak_rss_mib"] / row["peer"]["peak_rss_mib"],
+        **{f"{side}_share_of_peak": _share(row, side) for side in ("ours", "peer")},
+        "threads": row["threads"],
+        "command": COMMAND,
+    }
 
 
 def _share(row: dict[str, Any], side: str) -> float:
