@@ -171,5 +171,5 @@ class RealModel(StudyFigure):
                 found += [self.evaluation(stage, seed), self.greedy(stage, seed)]
             found.append(self.scores(seed))
         aligned = [self.aligned(run, seed) for seed in self.seeds for run in self.ppo]
-        rewards = [self.reward_model(seed) for seed in self.seeds]
+        rewards = [spec for seed in self.seeds for spec in (self.tuned(seed), self.reward_model(seed))]
         return tuple(dict.fromkeys([*found, *aligned, *rewards]))

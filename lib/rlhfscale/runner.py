@@ -146,6 +146,7 @@ class _Board:
             "RLHFSCALE_RESULTS": str(results),
             "RLHFSCALE_TIER": tier,
             "JUPYTER_PREFER_ENV_PATH": "1",
+            "PYTHONWARNINGS": "ignore:IProgress not found",  # of tqdm; it would put this machine's paths into a result
         }
         self.waiting = {figure.name: {spec.key for spec in figure.specs} for figure in figures}
         self.failed: list[str] = []
