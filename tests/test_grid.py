@@ -250,7 +250,7 @@ def test_progress_lines_where_there_is_no_terminal(tmp_path, monkeypatch):
 
 def test_a_live_line_on_a_terminal(tmp_path):
     console = Console(record=True, file=open(os.devnull, "w"), force_terminal=True, width=120)  # noqa: SIM115
-    bad = Total(parts=(), mood="raise")
+    bad = Total(parts=(), mood="raise", sleep_s=0.7)
     run([Number(value=1, sleep_s=2.0), bad], Store(tmp_path), console=console, raise_on_failure=False)
     text = console.export_text()
     assert "0/2 done  2 running" in text and "1/2 done  0 running  1 failed, 0 skipped" in text
