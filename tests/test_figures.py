@@ -6,12 +6,21 @@ import subprocess
 import nbformat
 import pytest
 
-from rlhfscale import figures, ladder, language, params, readme, registry, specs, study, sweeps
+from rlhfscale import (
+    figures,
+    ladder,
+    language,
+    params,
+    readme,
+    registry,  # noqa: F401  registers the figures
+    specs,
+    study,
+    sweeps,
+)
 from rlhfscale.params import ParamsError
 from rlhfscale.paths import project_root
 from rlhfscale.recipe import Recipe
 
-assert registry
 ROOT = project_root()
 TIERS = ("smoke", "laptop")
 FILES = [path for tier in TIERS for path in sorted((ROOT / "params" / tier).glob("[0-9][0-9]_*.yaml"))]

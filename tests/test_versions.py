@@ -29,6 +29,15 @@ TRAINERS = tuple(
                  "losses", "metrics")
 )  # fmt: skip
 EVALS = tuple(f"evals/{name}" for name in ("benchmarks", "evaluate", "judge", "mt_bench", "revisions", "sources"))
+ANSWERS = ("data/answers", "tasks/reasoning", "smollm2", "networks")
+LANGUAGE = {
+    "chat": (*TASKS, "checkpoints", "models", "smollm2"),
+    "answers": (*REWARD, *ANSWERS),
+    "tuned": (*REWARD, *ANSWERS, "finetune", "rl/learner", "rl/logprobs"),
+    "answer_reward": (*REWARD, *ANSWERS, "rewards/shared"),
+    "aligned": (*REWARD, *ANSWERS, "rewards/shared", *TRAINERS),
+    "answer_scores": (*REWARD, *ANSWERS, "rewards/shared"),
+}
 MODULES = {
     "pretrain": TRAINING,
     "sft": TRAINING,
@@ -37,16 +46,19 @@ MODULES = {
     "policy": (*REWARD, "rewards/shared", "networks", *TRAINERS),
     "scores": REWARD,
     "mt_bench": (*SAMPLING, "smollm2", *EVALS),
+    **LANGUAGE,
 }
-"""The modules that decide what each stage makes; of stages.py, the stage's function and what it calls there counts."""
+"""The modules that decide what each stage makes; of stages.py or language_stages.py, the stage's function and what it
+calls there counts."""
 
 
 def spec_classes():
-    """Stage name to class, of every concrete spec of specs.py."""
-    from rlhfscale import specs
+    """Stage name to class, of every concrete spec of specs.py and language.py."""
+    from rlhfscale import language, specs
     from rlhfscale.spec import Spec
 
-    found = [item for item in vars(specs).values() if isinstance(item, type) and issubclass(item, Spec)]
+    items = [*vars(specs).values(), *vars(language).values()]
+    found = [item for item in items if isinstance(item, type) and issubclass(item, Spec)]
     return {cls.stage: cls for cls in found if hasattr(cls, "stage")}
 
 
@@ -61,13 +73,18 @@ def tree_without_prose(source: str) -> ast.Module:
 
 
 def code_hash(stage: str, folder: Path = PACKAGE) -> str:
-    """16 hexadecimal digits over the stage's modules and its part of stages.py."""
+    """16 hexadecimal digits over the stage's modules and its part of the module that holds its function."""
     digest = hashlib.sha256()
     for name in MODULES[stage]:
         digest.update(ast.dump(tree_without_prose((folder / f"{name}.py").read_text())).encode())
-    for node in called(stage, tree_without_prose((folder / "stages.py").read_text())):
+    for node in called(stage, tree_without_prose((folder / f"{home(stage)}.py").read_text())):
         digest.update(ast.dump(node).encode())
     return digest.hexdigest()[:16]
+
+
+def home(stage: str) -> str:
+    """The module with the stage's function."""
+    return "language_stages" if stage in LANGUAGE else "stages"
 
 
 def called(stage: str, tree: ast.Module) -> list[ast.stmt]:
@@ -90,7 +107,7 @@ def current() -> dict[str, dict]:
 def test_every_stage_is_guarded():
     assert spec_classes().keys() == MODULES.keys()
     for stage, cls in spec_classes().items():
-        assert cls.runner == f"rlhfscale.stages:{stage}"
+        assert cls.runner == f"rlhfscale.{home(stage)}:{stage}"
 
 
 @pytest.mark.parametrize("stage", MODULES)

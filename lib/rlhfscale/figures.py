@@ -1,7 +1,7 @@
 """The figures' parameters: what each notebook varies, and the specs that follow from it."""
 
 import os
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 from pydantic import model_validator
 
@@ -179,7 +179,7 @@ class TestBed(StudyFigure):
     def best_of_eight(self, seed: int) -> tuple[specs.Samples, specs.Scores]:
         """Eight responses of the data rung's SFT model to each held-out prompt, scored by its reward model."""
         recipe = self.settings
-        samples = recipe.evaluation(recipe.sft(self.data_rung), seed).model_copy(update={"num_samples": 8})
+        samples = recipe.evaluation(recipe.sft(self.data_rung), seed).changed(num_samples=8)
         return samples, specs.Scores(samples=samples, reward_model=recipe.reward_model(self.data_rung, seed))
 
     def gains(self) -> PolicySize:
@@ -254,13 +254,13 @@ class Walkthrough(RecipeFigure):
 
     @property
     def sft(self) -> specs.SFT:
-        return _changed(self.settings.sft(self.rung), families=self.families, slip=self.slip)
+        return self.settings.sft(self.rung).changed(families=self.families, slip=self.slip)
 
     @property
     def reward_model(self) -> specs.RewardModel:
         spec = self.settings.reward_model(self.rung, self.bed_seed)
         data, held_out = (tuple(map(self._on_bed, part)) for part in (spec.data, spec.held_out))
-        return _changed(spec, base=self.sft, data=data, held_out=held_out)
+        return spec.changed(base=self.sft, data=data, held_out=held_out)
 
     @property
     def before(self) -> specs.Samples:
@@ -268,7 +268,7 @@ class Walkthrough(RecipeFigure):
         return self._on_bed(self.settings.evaluation(self.sft, self.bed_seed))
 
     def _on_bed(self, samples: specs.Samples) -> specs.Samples:
-        return _changed(samples, model=self.sft, families=self.families)
+        return samples.changed(model=self.sft, families=self.families)
 
     def specs(self) -> tuple[Spec, ...]:
         return self.sft, self.reward_model, self.before
@@ -355,8 +355,3 @@ class Benchmarks(RecipeFigure):
             **{name: getattr(self, name) for name in names},
         )
         return (spec,)
-
-
-def _changed(spec: Spec, **fields: Any) -> Any:
-    """The spec with other fields, checked anew."""
-    return type(spec)(**dict(spec) | fields)

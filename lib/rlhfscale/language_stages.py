@@ -18,7 +18,7 @@ from rlhfscale.networks import SharedBase
 from rlhfscale.rewards import Mixed, Normalised, OutcomeRewardModel, SharedReward, outcome
 from rlhfscale.rewards.metrics import pair_accuracy
 from rlhfscale.rl import PPO, PPOConfig
-from rlhfscale.samplers import Completions, hf, request_seeds
+from rlhfscale.samplers import Completions, hf, repeated, request_seeds
 from rlhfscale.stages import Inputs
 from rlhfscale.store import scratch
 from rlhfscale.tasks import reasoning
@@ -52,7 +52,7 @@ def answers(spec: language.Answers, inputs: Inputs, folder: Path) -> None:
         for task in spec.tasks
         for question in reasoning.questions(task, spec.split, spec.num_prompts, _entropy(spec.split, spec.prompt_seed))
     ]
-    prompts = [ids for ids in answer_data.encode(asked, tokenizer) for _ in range(spec.num_samples)]
+    prompts = repeated(answer_data.encode(asked, tokenizer), spec.num_samples, spec.temperature)
     with policy.decoder() as decodable:
         completions = hf.sample(
             decodable,

@@ -1,11 +1,14 @@
-"""Sequences with equal prompts computed as one: the prompt once, behind it every response to it.
+"""What is computed together: sequences of similar length, and equal prompts as one, with every response behind it.
 
 Attention is causal, so a prompt's states do not depend on the response; a response sees its prompt and itself. Eight
 responses of 8 tokens to a prompt of 50 are 114 tokens instead of 464.
 """
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 WIDEST = 512
@@ -100,3 +103,21 @@ def _rank(group: torch.Tensor) -> torch.Tensor:
     rank = torch.empty_like(group)
     rank[order] = torch.arange(len(group), device=group.device) - start
     return rank
+
+
+def by_width(widths: np.ndarray, tokens: int, enough: float = math.inf) -> Iterator[np.ndarray]:
+    """Indices in batches of similar width, narrowest first: at most ``tokens`` in each with padding, or one item.
+
+    Args:
+        widths: int64 [item], tokens of each.
+        enough: a batch of that many tokens takes no item that is more than a tenth wider than its first.
+    """
+    order = np.argsort(widths, kind="stable")
+    start = 0
+    for end in range(1, len(order) + 1):
+        count, widest = end - start, widths[order[end - 1]]
+        following = widths[order[end]] if end < len(order) else None
+        full = following is None or (count + 1) * following > tokens
+        if full or (count * widest >= enough and following > 1.1 * widths[order[start]]):
+            yield order[start:end]
+            start = end

@@ -32,9 +32,11 @@ class Fixed(BaseModel):
     rejection_samples: int = Field(4, description="responses to each question in rejection sampling")
     rejection_temperature: float = Field(0.7, description="their temperature; all others are sampled at 1")
     tuned_epochs: int = Field(2, description="passes over the accepted responses")
+    tuned_batch: int = Field(16, description="of them in a step")
     tuned_lr: float = Field(5e-4, description="AdamW rate of supervised fine-tuning")
     label_samples: int = Field(8, description="labelled responses to each question")
     reward_epochs: int = Field(2, description="passes over them")
+    reward_batch: int = Field(8, description="questions in a step")
     reward_lr: float = Field(3e-4, description="AdamW rate of the reward model")
     prompts_per_update: int = Field(16, description="questions in a PPO update")
     responses_per_prompt: int = Field(8, description="responses to each")
@@ -97,9 +99,9 @@ class RealModel(StudyFigure):
         data = self._answers(self.chat, "train", self.num_questions, FIXED.rejection_samples, seed, REJECTION)
         return language.Tuned(
             base=self.chat,
-            data=language.Answers(**dict(data) | {"temperature": FIXED.rejection_temperature}),
+            data=data.changed(temperature=FIXED.rejection_temperature),
             epochs=FIXED.tuned_epochs,
-            batch_size=16,
+            batch_size=FIXED.tuned_batch,
             lr=FIXED.tuned_lr,
             lora_rank=FIXED.lora_rank,
             seed=seed,
@@ -112,7 +114,7 @@ class RealModel(StudyFigure):
             data=self._answers(tuned, "train", self.num_questions, FIXED.label_samples, seed, LABELS),
             held_out=self.evaluation("tuned", seed),
             epochs=FIXED.reward_epochs,
-            prompts_per_batch=8,
+            prompts_per_batch=FIXED.reward_batch,
             lr=FIXED.reward_lr,
             lora_rank=FIXED.lora_rank,
             seed=seed,
@@ -146,7 +148,7 @@ class RealModel(StudyFigure):
         return self._answers(self.model(stage, seed), "eval", self.eval_prompts, self.eval_samples, seed, EVALUATION)
 
     def greedy(self, stage: str, seed: int) -> language.Answers:
-        return language.Answers(**dict(self.evaluation(stage, seed)) | {"num_samples": 1, "temperature": 0.0})
+        return self.evaluation(stage, seed).changed(num_samples=1, temperature=0.0)
 
     def scores(self, seed: int) -> language.AnswerScores:
         return language.AnswerScores(answers=self.evaluation("tuned", seed), reward_model=self.reward_model(seed))

@@ -15,8 +15,7 @@ from rlhfscale.evals.best_of_n import best_of_n
 from rlhfscale.real_model import RealModel
 from rlhfscale.results import summary_row
 from rlhfscale.spec import Spec
-from rlhfscale.stats.bootstrap import Interval, nested_bootstrap
-from rlhfscale.study import BOOTSTRAP_SEED, Tables, command
+from rlhfscale.study import Tables, _means, _per_prompt, command
 
 
 def tables(P: RealModel, folders: Mapping[Spec, Path]) -> Tables:
@@ -46,7 +45,7 @@ def tables(P: RealModel, folders: Mapping[Spec, Path]) -> Tables:
     return Tables(
         _runs(P, folders, found),
         pd.DataFrame(summary),
-        _per_prompt(P, found),
+        _all_prompts(P, found),
         extra={"training.csv": training(P, folders), "answers.csv": reading(P, folders, found)},
     )
 
@@ -113,16 +112,10 @@ def _best_of_n(P: RealModel, folders: Mapping[Spec, Path], found: dict) -> list[
     return [summary_row("best_of_n", part, num_responses=size, stage="tuned", task="all") for size, part in best]
 
 
-def _per_prompt(P: RealModel, found: dict) -> pd.DataFrame:
+def _all_prompts(P: RealModel, found: dict) -> pd.DataFrame:
     parts = []
     for (stage, seed, kind), answers in found.items():
         spec = P.evaluation(stage, seed) if kind == "sampled" else P.greedy(stage, seed)
-        about = {"node": spec.key, "seed": seed, "metric": f"{kind}_accuracy", "stage": stage, "task": answers.tasks}
-        values = {"prompt_id": np.arange(len(answers.questions)), "value": answers.right.mean(1)}
-        parts.append(pd.DataFrame(about | values))
+        values = _per_prompt(spec, seed, f"{kind}_accuracy", answers.right.mean(1))
+        parts.append(values.assign(stage=stage, task=answers.tasks))
     return pd.concat(parts)
-
-
-def _means(values: np.ndarray) -> Interval:
-    """The mean of each entry of the first axis, with intervals; values are [entry, seed, question]."""
-    return nested_bootstrap(values, lambda means: means, rng=np.random.default_rng(BOOTSTRAP_SEED), on="means")

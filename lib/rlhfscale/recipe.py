@@ -230,4 +230,4 @@ class Recipe(BaseModel):
     def many_samples(self, rung: str, num_prompts: int, num_samples: int) -> specs.Samples:
         """Many responses of an SFT rung to each held-out prompt, for best-of-N."""
         samples = self.evaluation(self.sft(rung), 0)
-        return samples.model_copy(update={"num_prompts": num_prompts, "num_samples": num_samples})
+        return samples.changed(num_prompts=num_prompts, num_samples=num_samples)

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict
 
@@ -56,6 +56,10 @@ class Spec(BaseModel):
         """The fields as JSON values with each parent replaced by its key; saved in the artifact's manifest."""
         fields = {name: _plain(getattr(self, name)) for name in type(self).model_fields}
         return {"stage": self.stage, "version": self.version, "fields": fields}
+
+    def changed(self, **fields: Any) -> Self:
+        """The spec with other fields, checked anew. (`model_copy` checks nothing, and keeps a key that was read.)"""
+        return type(self)(**{name: getattr(self, name) for name in type(self).model_fields} | fields)
 
     @property
     def cost_s(self) -> float:

@@ -6,6 +6,7 @@ Every function has the signature ``stage(spec, inputs, folder)``: ``inputs`` map
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -25,7 +26,7 @@ from rlhfscale.evals import benchmarks, evaluate, sources
 from rlhfscale.evals.judge import Cache
 from rlhfscale.rewards import outcome
 from rlhfscale.rl import GRPO, PPO, RLOO, GRPOConfig, PPOConfig, RLOOConfig
-from rlhfscale.samplers import Completions, hf, request_seeds
+from rlhfscale.samplers import Completions, hf, repeated, request_seeds
 from rlhfscale.store import scratch
 
 LOSS_POINTS = 8
@@ -90,8 +91,13 @@ def sft(spec: specs.SFT, inputs: Inputs, folder: Path) -> None:
 def samples(spec: specs.Samples, inputs: Inputs, folder: Path) -> None:
     """responses.safetensors, see `Responses`."""
     model = models.load_policy(inputs[spec.model.key] / "model")
+    draw(spec, model).save(folder / "responses.safetensors")
+
+
+def draw(spec: specs.Samples, model: Any) -> Responses:
+    """The labelled responses that a spec describes, of any model that `hf.sample` takes."""
     problems = problem_list((spec.prompt_seed, STREAM[spec.split]), spec.split, spec.families, spec.num_prompts)
-    prompts = [prompt for prompt in encode_prompts(problems) for _ in range(spec.num_samples)]
+    prompts = repeated(encode_prompts(problems), spec.num_samples, spec.temperature)
     completions = hf.sample(
         model,
         prompts,
@@ -99,7 +105,7 @@ def samples(spec: specs.Samples, inputs: Inputs, folder: Path) -> None:
         max_new_tokens=tasks.MAX_RESPONSE_TOKENS,
         temperature=spec.temperature,
     )
-    label(problems, completions).save(folder / "responses.safetensors")
+    return label(problems, completions)
 
 
 def reward_model(spec: specs.RewardModel, inputs: Inputs, folder: Path) -> None:

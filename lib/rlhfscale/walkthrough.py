@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from rlhfscale import plots, tasks
-from rlhfscale.data.demonstrations import STREAM, encode, encode_prompts, problem_list
+from rlhfscale.data.demonstrations import STREAM, encode, encode_prompts
 from rlhfscale.data.responses import Responses, label
 from rlhfscale.figures import Walkthrough
 from rlhfscale.ladder import BOS_ID, EOS_ID
@@ -25,7 +25,8 @@ from rlhfscale.rl.kl import kl_terms
 from rlhfscale.rl.loop import Trainer
 from rlhfscale.rl.losses import clipped_surrogate
 from rlhfscale.rl.rollout import Rollouts
-from rlhfscale.samplers import Completions, hf, request_seeds
+from rlhfscale.samplers import Completions
+from rlhfscale.stages import draw
 
 BLUE, ORANGE, GREEN, RED, GREY = (plots.CATEGORIES[index] for index in (0, 1, 2, 3, 7))
 Rows = Sequence[Sequence[float]]
@@ -361,16 +362,5 @@ class LiveRun:
 
 def held_out(P: Walkthrough, trainer: Trainer) -> Responses:
     """The trained policy's responses to the prompts of ``P.before``, with the same draws."""
-    spec = P.before
-    problems = problem_list((spec.prompt_seed, STREAM[spec.split]), spec.split, spec.families, spec.num_prompts)
-    prompts = [prompt for prompt in encode_prompts(problems) for _ in range(spec.num_samples)]
     with trainer.networks.decoder() as policy:
-        completions = hf.sample(
-            policy,
-            prompts,
-            seeds=request_seeds((spec.seed, STREAM["samples"], STREAM[spec.split]), len(prompts)),
-            max_new_tokens=tasks.MAX_RESPONSE_TOKENS,
-            temperature=spec.temperature,
-            tokenizer=trainer.run.tokenizer,
-        )
-    return label(problems, completions)
+        return draw(P.before, policy)

@@ -128,7 +128,7 @@ def prepare(rung: str, updates: int, seeds: Sequence[int], store: Store) -> dict
     )
     return {
         seed: Bed(
-            spec.model_copy(update={"num_updates": updates}),
+            spec.changed(num_updates=updates),
             made[spec.sft] / "model",
             made[spec.reward_model] / "model",
         )

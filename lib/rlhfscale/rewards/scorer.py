@@ -4,7 +4,7 @@ import copy
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import numpy as np
 import torch
@@ -70,16 +70,9 @@ def micro_batches(sequences: Sequences, tokens: int) -> Iterator[np.ndarray]:
     np.add.at(widths, group, sequences.lengths - sequences.prompt_lengths)
     if widths.sum() > (1 - packing.LEAST_SAVING) * sequences.lengths.sum():
         group, widths = np.arange(len(sequences)), sequences.lengths
-    order = np.argsort(widths, kind="stable")
-    by_group = np.split(np.argsort(group, kind="stable"), np.bincount(group).cumsum()[:-1])
-    start = 0
-    for end in range(1, len(order) + 1):
-        count, longest = end - start, widths[order[end - 1]]
-        following = widths[order[end]] if end < len(order) else None
-        full = following is None or (count + 1) * following > tokens
-        if full or (count * longest >= ENOUGH_TOKENS and following > 1.1 * widths[order[start]]):
-            yield np.concatenate([by_group[index] for index in order[start:end]])
-            start = end
+    members = np.split(np.argsort(group, kind="stable"), np.bincount(group).cumsum()[:-1])
+    for batch in packing.by_width(widths, tokens, ENOUGH_TOKENS):
+        yield np.concatenate([members[index] for index in batch])
 
 
 def read(model: Scored, sequences: Sequences, where: np.ndarray, tokens: int) -> torch.Tensor:
@@ -339,12 +332,17 @@ class Scorer:
             ValueError: the folder holds no reward model, or one of another kind; or the adapters' base is not found.
         """
         folder = Path(folder)
-        about = json.loads((folder / "reward.json").read_text()) if (folder / "reward.json").exists() else {}
+        about, tokenizer = saved(folder)
         if about.keys() != {*cls._options, "mean", "std"}:
             raise ValueError(f"{folder} holds no {cls.__name__}; make one of a bare model by {cls.__name__}(...)")
-        has_tokenizer = (folder / "tokenizer_config.json").exists()
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True) if has_tokenizer else None
         return cls(_load_model(folder, model), tokenizer, **about)
+
+
+def saved(folder: Path) -> tuple[dict[str, Any], PreTrainedTokenizerBase | None]:
+    """What `Scorer.save` wrote beside the model: options, mean and std (empty if it did not), and the tokenizer."""
+    about = json.loads((folder / "reward.json").read_text()) if (folder / "reward.json").exists() else {}
+    has_tokenizer = (folder / "tokenizer_config.json").exists()
+    return about, AutoTokenizer.from_pretrained(folder, local_files_only=True) if has_tokenizer else None
 
 
 def same_tokens(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> bool:

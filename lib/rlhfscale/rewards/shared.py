@@ -1,6 +1,5 @@
 """A reward model without a model of its own: an adapter on the base that policy, reference and critic share."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ import torch
 from peft import PeftConfig
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoTokenizer
 
 from rlhfscale.models import REWARD
 from rlhfscale.rewards import scorer
@@ -37,13 +35,11 @@ class SharedReward:
 
     def __init__(self, folder: str | Path, *, tokens_per_micro_batch: int = scorer.TOKENS_PER_MICRO_BATCH):
         self.folder = folder = Path(folder)
-        about = json.loads((folder / "reward.json").read_text()) if (folder / "reward.json").exists() else {}
+        about, self.tokenizer = scorer.saved(folder)
         if "readout" not in about or not (folder / "adapter_config.json").exists():
             raise ValueError(f"{folder} holds no outcome reward model with adapters (trained with merge=False)")
         self.readout = about["readout"]
         self.mean, self.std = moments(about["mean"], about["std"])
-        has_tokenizer = (folder / "tokenizer_config.json").exists()
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True) if has_tokenizer else None
         self.tokens_per_micro_batch = tokens_per_micro_batch
         self._networks: Any = None
 

@@ -16,7 +16,7 @@ from rlhfscale.rewards.shared import attach
 from rlhfscale.rl import learner
 from rlhfscale.rl.config import Config
 from rlhfscale.rl.rollout import Prompt, Rollouts, collect, encode
-from rlhfscale.samplers import Completions, request_seeds
+from rlhfscale.samplers import Completions, repeated, request_seeds
 
 Prompts = Sequence[Prompt] | Callable[[int], Sequence[Prompt]]
 """A list that is passed through in random order again and again, or a function from an update's index to its
@@ -66,14 +66,14 @@ class Run:
             raise ValueError(f"prompts: {len(prompts)} given, prompts_per_update is {config.prompts_per_update}")
         encoded = encode(self.tokenizer, prompts)
         check_lengths(encoded, networks.base.config, config.max_new_tokens)
-        repeated = [prompt for prompt in encoded for _ in range(config.responses_per_prompt)]
+        asked = repeated(encoded, config.responses_per_prompt, config.temperature)
         return collect(
             networks,
             self.tokenizer,
             self.reward,
             self.sampler,
-            repeated,
-            request_seeds((self.seed, 1, self.num_updates), len(repeated)),
+            asked,
+            request_seeds((self.seed, 1, self.num_updates), len(asked)),
             temperature=config.temperature,
             max_new_tokens=config.max_new_tokens,
             missing_eos_penalty=config.missing_eos_penalty,

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from rlhfscale import packing
 from rlhfscale.rewards.base import checked
 from rlhfscale.rl.logprobs import token_logprobs, with_entropy_gradient
 from rlhfscale.samplers.base import Completions
@@ -120,12 +121,8 @@ def _scatter(tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 def split(lengths: torch.Tensor, max_tokens: int) -> Iterator[torch.Tensor]:
     """Indices of sequences of similar length, each part of at most ``max_tokens`` with its padding (or one
     sequence)."""
-    order = torch.argsort(lengths, stable=True)
-    start = 0
-    for end in range(1, len(order) + 1):
-        if end == len(order) or (end + 1 - start) * int(lengths[order[end]]) > max_tokens:
-            yield order[start:end]
-            start = end
+    for index in packing.by_width(lengths.cpu().numpy(), max_tokens):
+        yield torch.from_numpy(index).to(lengths.device)
 
 
 @torch.no_grad()

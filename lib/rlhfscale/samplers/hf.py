@@ -48,16 +48,21 @@ def sample(
     eos = tokenizer.eos_token_id if tokenizer else model.config.eos_token_id
     pad = model.config.pad_token_id if model.config.pad_token_id is not None else 0
     out = Completions.empty(seeds, max_new_tokens, temperature, pad)
-    fused = None if hasattr(model, "decoder") else llama.for_decoding(model)
-    make = model.decoder if hasattr(model, "decoder") else partial(fused.decoder, None) if fused else None
-    make = make or partial(TransformersDecoder, model)
+    make, stop = _decoders(model), () if ignore_eos else end_tokens(eos)
     order = np.argsort(lengths, kind="stable")
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        _decode(
-            make, model.device, [prompts[row] for row in rows], rows, out, pad, () if ignore_eos else end_tokens(eos)
-        )
+        _decode(make, model.device, [prompts[row] for row in rows], rows, out, pad, stop)
     return out
+
+
+def _decoders(model: Any) -> Callable[[int], Any]:
+    """What makes the model's decoders, each with room for a number of positions: its own where it has one."""
+    if hasattr(model, "decoder"):
+        return model.decoder
+    if fused := llama.for_decoding(model):
+        return partial(fused.decoder, None)
+    return partial(TransformersDecoder, model)
 
 
 def _decode(
