@@ -43,8 +43,9 @@ MODULES = {
     "sft": TRAINING,
     "samples": SAMPLING,
     "reward_model": REWARD,
-    "policy": (*REWARD, "rewards/shared", "networks", *TRAINERS),
-    "scores": REWARD,
+    "policy": (*REWARD, "rewards/process", "rewards/shared", "networks", *TRAINERS),
+    "process_reward_model": (*REWARD, "rewards/process"),
+    "scores": (*REWARD, "rewards/process"),
     "mt_bench": (*SAMPLING, "smollm2", *EVALS),
     **LANGUAGE,
 }

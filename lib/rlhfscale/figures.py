@@ -41,7 +41,7 @@ class StudyFigure(RecipeFigure):
         return self
 
 
-def _check_rungs(name: str, rungs: tuple[str, ...]) -> None:
+def check_rungs(name: str, rungs: tuple[str, ...]) -> None:
     for rung in rungs:
         try:
             ladder.rung(rung)
@@ -67,8 +67,8 @@ class BestOfN(StudyFigure):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        _check_rungs("policy_rung", (self.policy_rung,))
-        _check_rungs("reward_model_rungs", self.reward_model_rungs)
+        check_rungs("policy_rung", (self.policy_rung,))
+        check_rungs("reward_model_rungs", self.reward_model_rungs)
         if self.reference_rung not in self.reward_model_rungs:
             raise ValueError(f"reference_rung: {self.reference_rung!r} is not among reward_model_rungs")
         if len(set(self.best_of)) < len(self.best_of):
@@ -111,8 +111,8 @@ class PolicySize(StudyFigure):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        _check_rungs("policy_rungs", self.policy_rungs)
-        _check_rungs("reward_model_rung", (self.reward_model_rung,))
+        check_rungs("policy_rungs", self.policy_rungs)
+        check_rungs("reward_model_rung", (self.reward_model_rung,))
         return self
 
     def policy(self, rung: str, seed: int) -> specs.Policy:
@@ -154,9 +154,9 @@ class TestBed(StudyFigure):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        _check_rungs("policy_rungs", self.policy_rungs)
-        _check_rungs("reward_model_rungs", self.reward_model_rungs)
-        _check_rungs("gain_rungs", self.gain_rungs)
+        check_rungs("policy_rungs", self.policy_rungs)
+        check_rungs("reward_model_rungs", self.reward_model_rungs)
+        check_rungs("gain_rungs", self.gain_rungs)
         if self.data_rung not in self.reward_model_rungs:
             raise ValueError(f"data_rung: {self.data_rung!r} is not among reward_model_rungs")
         limit = self.settings.reward_prompts
@@ -232,7 +232,7 @@ class Walkthrough(RecipeFigure):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        _check_rungs("rung", (self.rung,))
+        check_rungs("rung", (self.rung,))
         return self
 
     @property
@@ -355,3 +355,14 @@ class Benchmarks(RecipeFigure):
             **{name: getattr(self, name) for name in names},
         )
         return (spec,)
+
+
+class Ledger(RecipeFigure):
+    """Every claim's verdict on one page, from the results of the other figures."""
+
+    figure: ClassVar[str] = "99_claims"
+    title: ClassVar[str] = "The ledger: every claim, its test and its verdict"
+    reads_results: ClassVar[bool] = True
+
+    def specs(self) -> tuple[Spec, ...]:
+        return ()

@@ -48,6 +48,7 @@ class FigureParams(BaseModel):
         figure: name of the figure, its notebook and its YAML file, such as ``01_policy_size``.
         title: one line for plans and reports.
         claims: identifiers of the claims it tests, such as ``("C1",)``.
+        reads_results: it is made from other figures' results, so after them.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, validate_default=True, allow_inf_nan=False)
@@ -55,6 +56,7 @@ class FigureParams(BaseModel):
     figure: ClassVar[str]
     title: ClassVar[str]
     claims: ClassVar[tuple[str, ...]] = ()
+    reads_results: ClassVar[bool] = False
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:

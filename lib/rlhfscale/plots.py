@@ -66,7 +66,7 @@ class Picture(Figure):
         return buffer.getvalue()
 
 
-def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
     @wraps(draw)
     def styled(*tables: pd.DataFrame) -> Figure:
         with matplotlib.rc_context(STYLE):
@@ -90,7 +90,7 @@ def size_colors(rungs: Mapping[str, float]) -> dict[str, tuple]:
     return {name: matplotlib.colormaps["viridis"](0.9 * p) for name, p in zip(order, place, strict=True)}
 
 
-@_styled
+@styled
 def policy_size(runs: pd.DataFrame, summary: pd.DataFrame) -> Figure:
     """C1: accuracy and gain from PPO against the policy's size.
 
@@ -102,12 +102,12 @@ def policy_size(runs: pd.DataFrame, summary: pd.DataFrame) -> Figure:
             (one row, per doubling of parameters, with the claim's verdict).
     """
     runs = runs[runs["metric"] == "sampled_exact"]
-    figure, (left, right), _ = _figure(1, 2, 3.1, _caption(summary, "dots: seeds; bars and band: "))
+    figure, (left, right), _ = new_figure(1, 2, 3.1, interval_caption(summary, "dots: seeds; bars and band: "))
     styles = {"sft": ("SFT", CATEGORIES[7], "o"), "ppo": ("PPO", CATEGORIES[0], "s")}
     for stage, (label, color, marker) in styles.items():
-        _dots(left, runs[runs["stage"] == stage], "num_params", color)
-        rows = _rows(summary, "sampled_exact", stage=stage)
-        _estimates(left, rows, "num_params", color=color, marker=marker, label=label)
+        draw_dots(left, runs[runs["stage"] == stage], "num_params", color)
+        rows = select(summary, "sampled_exact", stage=stage)
+        draw_estimates(left, rows, "num_params", color=color, marker=marker, label=label)
     left.set(title="accuracy", ylabel="sampled exact-match accuracy")
     left.legend(loc="best")
 
@@ -115,20 +115,20 @@ def policy_size(runs: pd.DataFrame, summary: pd.DataFrame) -> Figure:
     gains = (pairs["ppo"] - pairs["sft"]).rename("value").reset_index()
     color = CATEGORIES[2]
     right.axhline(0, color="0.4", linewidth=0.8)
-    _dots(right, gains, "num_params", color)
-    _estimates(right, _rows(summary, "gain"), "num_params", color=color, marker="D", linestyle="none")
-    _band(right, _rows(summary, "gain_fit"), "num_params", color)
-    slope = _rows(summary, "gain_slope").iloc[0]
+    draw_dots(right, gains, "num_params", color)
+    draw_estimates(right, select(summary, "gain"), "num_params", color=color, marker="D", linestyle="none")
+    draw_band(right, select(summary, "gain_fit"), "num_params", color)
+    slope = select(summary, "gain_slope").iloc[0]
     right.set(title="gain from PPO", ylabel="accuracy, PPO minus SFT")
-    _headroom(right, 0.22)
+    add_headroom(right, 0.22)
     text = f"slope per doubling {slope.estimate:+.3f}\n95% interval [{slope.ci_low:+.3f}, {slope.ci_high:+.3f}]"
     right.text(0.98, 0.98, f"{text}\n{slope.verdict}", transform=right.transAxes, ha="right", va="top", fontsize=7)
     for axis in (left, right):
-        _size_axis(axis, runs["num_params"], "policy parameters (non-embedding)")
+        size_axis(axis, runs["num_params"], "policy parameters (non-embedding)")
     return figure
 
 
-@_styled
+@styled
 def best_of_n(runs: pd.DataFrame, summary: pd.DataFrame) -> Figure:
     """C6: best-of-N accuracy against N, and gold and proxy against the bound on KL.
 
@@ -142,17 +142,17 @@ def best_of_n(runs: pd.DataFrame, summary: pd.DataFrame) -> Figure:
             ``num_responses``: ``best_of_n_gold`` and ``best_of_n_proxy``; ``early_minus_late_gain`` (one row) holds
             the claim's statistic, its sizes ``first``, ``early``, ``late`` and ``last``, and the verdict.
     """
-    bon = _rows(summary, "best_of_n")
+    bon = select(summary, "best_of_n")
     sizes = dict(zip(bon["reward_model"], bon["reward_model_params"], strict=True))
     colors = size_colors(sizes)
-    caption = _caption(summary, "dots: seeds; bars: ")
-    claim = _rows(summary, "early_minus_late_gain").iloc[0]
+    caption = interval_caption(summary, "dots: seeds; bars: ")
+    claim = select(summary, "early_minus_late_gain").iloc[0]
     early, late = (f"{claim[a]:.0f}-{claim[b]:.0f}" for a, b in (("first", "early"), ("late", "last")))
     caption += (
         f" Gain per doubling, N = {early} minus N = {late}: {claim.estimate:+.3f} "
         f"[{claim.ci_low:+.3f}, {claim.ci_high:+.3f}], {claim.verdict}."
     )
-    figure, (left, right), legend = _figure(1, 2, 3.9, caption)
+    figure, (left, right), legend = new_figure(1, 2, 3.9, caption)
     votes = {
         "pass_at_n": ("pass@N (ceiling)", "0.15", "-"),
         "majority_vote": ("majority vote", CATEGORIES[3], "--"),
@@ -160,20 +160,20 @@ def best_of_n(runs: pd.DataFrame, summary: pd.DataFrame) -> Figure:
     }
     handles = []
     for quantity, (label, color, linestyle) in votes.items():
-        rows = _rows(summary, quantity, optional=quantity == "weighted_vote")
+        rows = select(summary, quantity, optional=quantity == "weighted_vote")
         if len(rows):
-            _estimates(left, rows, "num_responses", color=color, linestyle=linestyle, marker="")
+            draw_estimates(left, rows, "num_responses", color=color, linestyle=linestyle, marker="")
             handles.append(Line2D([], [], color=color, linestyle=linestyle, label=label))
-    ceiling = _rows(summary, "pass_at_n").sort_values("num_responses")
+    ceiling = select(summary, "pass_at_n").sort_values("num_responses")
     left.axhline(ceiling["estimate"].iloc[0], color="0.5", linestyle=":", linewidth=1.2)
     handles.append(Line2D([], [], color="0.5", linestyle=":", label="pass@1 (floor)"))
     dots = runs[runs["metric"] == "best_of_n"]
     for name, color in colors.items():
-        _dots(left, dots[dots["reward_model"] == name], "num_responses", color, size=4)
+        draw_dots(left, dots[dots["reward_model"] == name], "num_responses", color, size=4)
         rows = bon[bon["reward_model"] == name]
-        _estimates(left, rows, "num_responses", color=color, marker="o", markersize=2.5)
+        draw_estimates(left, rows, "num_responses", color=color, marker="o", markersize=2.5)
         for quantity, linestyle in (("best_of_n_gold", "-"), ("best_of_n_proxy", "--")):
-            curve = _rows(summary, quantity, reward_model=name).sort_values("num_responses")
+            curve = select(summary, quantity, reward_model=name).sort_values("num_responses")
             kl_nats = kl_bound_nats(curve["num_responses"])
             alpha = 1.0 if linestyle == "-" else 0.55
             right.plot(kl_nats, curve["estimate"], color=color, linestyle=linestyle, alpha=alpha)
@@ -190,7 +190,7 @@ def best_of_n(runs: pd.DataFrame, summary: pd.DataFrame) -> Figure:
     right.set_xlim(0, limit * 1.03)
     right.set_xticks(ticks := [kl for kl in (0, 0.25, 1, 2, 3, 4, 5, 6) if kl <= limit], [f"{kl:g}" for kl in ticks])
     right.set(title="over-optimisation", xlabel="KL upper bound (nats, sqrt axis)", ylabel="score above N = 1 (s.d.)")
-    labels = [Line2D([], [], color=c, label=f"RM {_human(sizes[name])}") for name, c in colors.items()]
+    labels = [Line2D([], [], color=c, label=f"RM {human_number(sizes[name])}") for name, c in colors.items()]
     types = [
         Line2D([], [], color="0.3", label="gold (right)"),
         Line2D([], [], color="0.3", linestyle="--", alpha=0.55, label="proxy (right)"),
@@ -199,7 +199,7 @@ def best_of_n(runs: pd.DataFrame, summary: pd.DataFrame) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def test_bed(runs: pd.DataFrame, summary: pd.DataFrame) -> Figure:
     """The laptop ladder: loss against compute, accuracy against size, reward models against size and data.
 
@@ -211,18 +211,18 @@ def test_bed(runs: pd.DataFrame, summary: pd.DataFrame) -> Figure:
         summary: the common columns and those of ``runs``; the same quantities, and ``loss_fit`` (curve and band on a
             grid of ``train_flops``), ``loss_exponent`` and ``loss_r2`` (one row each).
     """
-    dots_caption = _caption(summary, "dots: seeds; bars and band: ")
-    figure, ((loss, accuracy), (by_size, by_pairs)), legend = _figure(2, 2, 5.0, dots_caption)
+    dots_caption = interval_caption(summary, "dots: seeds; bars and band: ")
+    figure, ((loss, accuracy), (by_size, by_pairs)), legend = new_figure(2, 2, 5.0, dots_caption)
     ladder = runs.dropna(subset=["num_params"])
     colors = size_colors(dict(zip(ladder["rung"], ladder["num_params"], strict=True)))
 
-    points = _rows(summary, "excess_loss")
+    points = select(summary, "excess_loss")
     seeds = runs[runs["metric"] == "excess_loss"]
-    _band(loss, _rows(summary, "loss_fit"), "train_flops", "0.35", linestyle="--")
+    draw_band(loss, select(summary, "loss_fit"), "train_flops", "0.35", linestyle="--")
     for row in points.itertuples():
-        _dots(loss, seeds[seeds["rung"] == row.rung], "train_flops", colors[row.rung])
-        _estimates(loss, points[points["rung"] == row.rung], "train_flops", color=colors[row.rung], marker="o")
-    exponent, r2 = _rows(summary, "loss_exponent").iloc[0], _rows(summary, "loss_r2").iloc[0]
+        draw_dots(loss, seeds[seeds["rung"] == row.rung], "train_flops", colors[row.rung])
+        draw_estimates(loss, points[points["rung"] == row.rung], "train_flops", color=colors[row.rung], marker="o")
+    exponent, r2 = select(summary, "loss_exponent").iloc[0], select(summary, "loss_r2").iloc[0]
     text = f"exponent {exponent.estimate:.2f} [{exponent.ci_low:.2f}, {exponent.ci_high:.2f}]\nR² = {r2.estimate:.3f}"
     loss.text(0.97, 0.97, text, transform=loss.transAxes, ha="right", va="top", fontsize=7)
     loss.set(xscale="log", yscale="log", title="(a) loss against compute", xlabel="pretraining compute (FLOPs)")
@@ -232,48 +232,48 @@ def test_bed(runs: pd.DataFrame, summary: pd.DataFrame) -> Figure:
     loss.set_yticks(ticks, [f"{t:g}" for t in ticks])
     loss.yaxis.set_minor_formatter(NullFormatter())
 
-    families = sorted(_rows(summary, "sampled_exact")["family"].unique())
+    families = sorted(select(summary, "sampled_exact")["family"].unique())
     for family, color in zip(families, CATEGORIES, strict=False):
         for metric, linestyle, marker in (("sampled_exact", "-", "o"), ("greedy_exact", "--", "^")):
             chosen = runs[(runs["metric"] == metric) & (runs["family"] == family)]
-            _dots(accuracy, chosen, "num_params", color, size=4)
-            rows = _rows(summary, metric, family=family)
+            draw_dots(accuracy, chosen, "num_params", color, size=4)
+            rows = select(summary, metric, family=family)
             label = f"{family}, {metric.removesuffix('_exact')}"
-            _estimates(accuracy, rows, "num_params", color=color, linestyle=linestyle, marker=marker, label=label)
+            draw_estimates(accuracy, rows, "num_params", color=color, linestyle=linestyle, marker=marker, label=label)
     accuracy.set(title="(b) accuracy of SFT", ylabel="exact-match accuracy")
-    _size_axis(accuracy, _rows(summary, "sampled_exact")["num_params"], "policy parameters")
-    _headroom(accuracy, 0.25 * len(families))
+    size_axis(accuracy, select(summary, "sampled_exact")["num_params"], "policy parameters")
+    add_headroom(accuracy, 0.25 * len(families))
     accuracy.set_yticks([t for t in accuracy.get_yticks() if 0 <= t <= 1])
     accuracy.legend(loc="upper left", handlelength=2.4, borderpad=0, labelspacing=0.25)
 
-    pairwise = _rows(summary, "pairwise_accuracy")
+    pairwise = select(summary, "pairwise_accuracy")
     pair_dots = runs[runs["metric"] == "pairwise_accuracy"]
     full = pairwise["num_pairs"].max()
     top = pairwise[pairwise["num_pairs"] == full]
-    _estimates(by_size, top, "num_params", color="0.35", marker="")
+    draw_estimates(by_size, top, "num_params", color="0.35", marker="")
     for name in top["rung"]:
         chosen = (pair_dots["rung"] == name) & (pair_dots["num_pairs"] == full)
-        _dots(by_size, pair_dots[chosen], "num_params", colors[name])
-        _estimates(by_size, top[top["rung"] == name], "num_params", color=colors[name], marker="o")
-    by_size.set(title=f"(c) reward model, {_human(full)} pairs", ylabel="within-prompt pair accuracy")
-    _size_axis(by_size, top["num_params"], "reward-model parameters")
+        draw_dots(by_size, pair_dots[chosen], "num_params", colors[name])
+        draw_estimates(by_size, top[top["rung"] == name], "num_params", color=colors[name], marker="o")
+    by_size.set(title=f"(c) reward model, {human_number(full)} pairs", ylabel="within-prompt pair accuracy")
+    size_axis(by_size, top["num_params"], "reward-model parameters")
 
     swept = [name for name, rows in pairwise.groupby("rung") if rows["num_pairs"].nunique() > 1]
     for name in (name for name in colors if name in swept):
-        _dots(by_pairs, pair_dots[pair_dots["rung"] == name], "num_pairs", colors[name])
+        draw_dots(by_pairs, pair_dots[pair_dots["rung"] == name], "num_pairs", colors[name])
         rows = pairwise[pairwise["rung"] == name]
-        _estimates(by_pairs, rows, "num_pairs", color=colors[name], marker="o")
+        draw_estimates(by_pairs, rows, "num_pairs", color=colors[name], marker="o")
     by_pairs.set(title="(d) reward model by data", ylabel="within-prompt pair accuracy")
-    _size_axis(by_pairs, pairwise[pairwise["rung"].isin(swept)]["num_pairs"], "labelled pairs")
+    size_axis(by_pairs, pairwise[pairwise["rung"].isin(swept)]["num_pairs"], "labelled pairs")
     for axis in (by_size, by_pairs):
         axis.axhline(0.5, color="0.4", linewidth=0.8, linestyle=":")
         axis.set_ylim(min(0.45, pair_dots["value"].min() - 0.03), 1.0)
     sizes = dict(zip(ladder["rung"], ladder["num_params"], strict=True))
-    legend([Line2D([], [], color=c, marker="o", label=f"{n} ({_human(sizes[n])})") for n, c in colors.items()])
+    legend([Line2D([], [], color=c, marker="o", label=f"{n} ({human_number(sizes[n])})") for n, c in colors.items()])
     return figure
 
 
-@_styled
+@styled
 def training_curves(metrics: pd.DataFrame) -> Figure:
     """Four panels of a policy's training: proxy, gold, KL, response length with the share ended by EOS.
 
@@ -285,7 +285,7 @@ def training_curves(metrics: pd.DataFrame) -> Figure:
     sizes = dict(zip(metrics["rung"], metrics["num_params"], strict=True))
     colors = size_colors(sizes)
     caption = f"Thin lines: {metrics['seed'].nunique()} seeds; thick lines: their mean; no intervals."
-    figure, axes, legend = _figure(2, 2, 4.4, caption)
+    figure, axes, legend = new_figure(2, 2, 4.4, caption)
     proxy, gold, kl, length = axes.ravel()
     eos = length.twinx()
     eos.grid(False)
@@ -307,12 +307,12 @@ def training_curves(metrics: pd.DataFrame) -> Figure:
         axis.set_xlabel("update")
     missing = max(0.02, 1 - metrics["eos_share"].min())
     eos.set_ylim(1 - 4 * missing, 1 + 0.2 * missing)  # dashed lines in the upper quarter
-    _headroom(length, 0.3)
-    legend([Line2D([], [], color=c, label=f"{n} ({_human(sizes[n])})") for n, c in colors.items()])
+    add_headroom(length, 0.3)
+    legend([Line2D([], [], color=c, label=f"{n} ({human_number(sizes[n])})") for n, c in colors.items()])
     return figure
 
 
-@_styled
+@styled
 def live_run(runs: pd.DataFrame, summary: pd.DataFrame | None = None) -> Figure:
     """Three panels of one run, also of one that still goes on: gold, proxy and KL by update.
 
@@ -326,13 +326,13 @@ def live_run(runs: pd.DataFrame, summary: pd.DataFrame | None = None) -> Figure:
     if summary is not None:
         texts = {}
         for stage in ("sft", "ppo"):
-            row = _rows(summary, "sampled_exact", stage=stage).iloc[0]
+            row = select(summary, "sampled_exact", stage=stage).iloc[0]
             texts[stage] = f"{row.estimate:.3f} [{row.ci_low:.3f}, {row.ci_high:.3f}]"
         caption += (
             f" Exactly right on {row.num_prompts} held-out prompts: {texts['sft']} before, {texts['ppo']} after"
             f" (95% intervals, {row.ci_method})."
         )
-    figure, axes, _ = _figure(1, 3, 1.9, caption)
+    figure, axes, _ = new_figure(1, 3, 1.9, caption)
     panels = {
         "gold": ("gold", "verifier's reward", CATEGORIES[2]),
         "proxy": ("proxy", "reward model's score (s.d.)", CATEGORIES[1]),
@@ -348,7 +348,7 @@ def live_run(runs: pd.DataFrame, summary: pd.DataFrame | None = None) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def real_model(runs: pd.DataFrame, summary: pd.DataFrame, training: pd.DataFrame) -> Figure:
     """Accuracy by task and stage, PPO's roll-outs update by update, and response lengths.
 
@@ -358,11 +358,11 @@ def real_model(runs: pd.DataFrame, summary: pd.DataFrame, training: pd.DataFrame
         summary: the common columns, ``stage`` and ``task``; quantity ``sampled_accuracy``.
         training: ``stage``, ``seed``, ``update`` and ``right``, the share of right roll-outs.
     """
-    rows = _rows(summary, "sampled_accuracy")
+    rows = select(summary, "sampled_accuracy")
     stages = [name for name in REAL_STAGES if name in set(rows["stage"])]
     tasks = [*dict.fromkeys(rows["task"])]
-    caption = _caption(summary, "dots: seeds; bars: ") + " A response is right if the last number in it is."
-    figure, axes, legend = _figure(2, 2, 4.6, caption)
+    caption = interval_caption(summary, "dots: seeds; bars: ") + " A response is right if the last number in it is."
+    figure, axes, legend = new_figure(2, 2, 4.6, caption)
     grid = axes[0, 0].get_gridspec()
     for axis in axes[0]:
         axis.remove()
@@ -372,11 +372,11 @@ def real_model(runs: pd.DataFrame, summary: pd.DataFrame, training: pd.DataFrame
         shift = 0.16 * (number - (len(stages) - 1) / 2)
         for place, task in enumerate(tasks):
             at = {"x": place + shift}
-            _estimates(top, _rows(rows, "sampled_accuracy", stage=stage, task=task).assign(**at), "x",
+            draw_estimates(top, select(rows, "sampled_accuracy", stage=stage, task=task).assign(**at), "x",
                        color=color, marker="o", linestyle="none")  # fmt: skip
             of = runs[(runs["metric"] == "sampled_accuracy") & (runs["stage"] == stage) & (runs["task"] == task)]
             if len(of):
-                _dots(top, of.assign(**at), "x", color)
+                draw_dots(top, of.assign(**at), "x", color)
         lengths = runs[(runs["metric"] == "sampled_response_tokens") & (runs["stage"] == stage)]
         lengths = lengths.groupby("seed", as_index=False)["value"].mean().assign(x=number)
         right.bar(number, lengths["value"].mean(), color=color, alpha=0.6, width=0.6)
@@ -393,7 +393,7 @@ def real_model(runs: pd.DataFrame, summary: pd.DataFrame, training: pd.DataFrame
     return figure
 
 
-@_styled
+@styled
 def benchmarks(summary: pd.DataFrame, mt_bench: pd.DataFrame | None = None) -> Figure:
     """Win rates with intervals beside the difference in length, a row for each model.
 
@@ -403,39 +403,39 @@ def benchmarks(summary: pd.DataFrame, mt_bench: pd.DataFrame | None = None) -> F
             ``coverage`` of the two kinds of ``interval`` for the caption.
         mt_bench: estimates of MT-Bench, whose pairs are drawn as a further row; None leaves it out.
     """
-    rows = [(name, _rows(summary, "win_rate", model=name)) for name in _rows(summary, "win_rate")["model"]]
+    rows = [(name, select(summary, "win_rate", model=name)) for name in select(summary, "win_rate")["model"]]
     place = {name: float(len(rows) - index) for index, (name, _) in enumerate(rows)}
-    first = _rows(summary, "win_rate").iloc[0]
+    first = select(summary, "win_rate").iloc[0]
     caption = f"Planted models: 95% intervals ({first.ci_method}), {first.num_prompts} instructions each."
     for name in ("refit", "published"):
-        row = _rows(summary, "coverage", interval=name).iloc[0]
+        row = select(summary, "coverage", interval=name).iloc[0]
         label = {"refit": "intervals that refit", "published": "the published standard error"}[name]
         caption += f" Coverage of {label}: {row.estimate:.2f} [{row.ci_low:.2f}, {row.ci_high:.2f}]."
     pairs = None
     if mt_bench is not None:
-        pairs = _rows(mt_bench, "mt_bench/win_rate_adjusted").iloc[0]
+        pairs = select(mt_bench, "mt_bench/win_rate_adjusted").iloc[0]
         caption += f" MT-Bench: {pairs.num_prompts} questions, judge {pairs.judge}."
-    figure, (left, right), legend = _figure(1, 2, 1.3 + 0.42 * (len(place) + (pairs is not None)), caption)
+    figure, (left, right), legend = new_figure(1, 2, 1.3 + 0.42 * (len(place) + (pairs is not None)), caption)
     kinds = {
         "win_rate": ("raw", CATEGORIES[7], "o", 0.14),
         "length_controlled": ("at equal length", CATEGORIES[0], "s", -0.14),
     }
     handles = []
     for quantity, (label, color, marker, shift) in kinds.items():
-        table = _rows(summary, quantity)
-        _across(left, table, table["model"].map(place) + shift, color, marker)
+        table = select(summary, quantity)
+        draw_across(left, table, table["model"].map(place) + shift, color, marker)
         handles.append(Line2D([], [], color=color, marker=marker, linestyle="none", label=label))
-    truth = _rows(summary, "length_controlled")
+    truth = select(summary, "length_controlled")
     left.scatter(
         truth["planted"], truth["model"].map(place) - 0.14, marker="|", s=120, color="k", linewidths=1.4, zorder=4
     )
     handles.append(Line2D([], [], color="k", marker="|", markersize=9, linestyle="none", label="planted truth"))
-    table = _rows(summary, "extra_chars")
-    _across(right, table, table["model"].map(place), CATEGORIES[2], "D")
+    table = select(summary, "extra_chars")
+    draw_across(right, table, table["model"].map(place), CATEGORIES[2], "D")
     if pairs is not None:
         percent = pd.DataFrame([pairs[["estimate", "ci_low", "ci_high"]].astype(float) * 100])
-        _across(left, percent, pd.Series([0.0]), CATEGORIES[3], "D")
-        _across(right, _rows(mt_bench, "mt_bench/extra_chars"), pd.Series([0.0]), CATEGORIES[2], "D")
+        draw_across(left, percent, pd.Series([0.0]), CATEGORIES[3], "D")
+        draw_across(right, select(mt_bench, "mt_bench/extra_chars"), pd.Series([0.0]), CATEGORIES[2], "D")
         handles.append(Line2D([], [], color=CATEGORIES[3], marker="D", linestyle="none", label="MT-Bench pairs"))
         place = place | {"MT-Bench": 0.0}
     left.axvline(50, color="0.4", linewidth=0.8)
@@ -448,14 +448,14 @@ def benchmarks(summary: pd.DataFrame, mt_bench: pd.DataFrame | None = None) -> F
     return figure
 
 
-def _across(axis, rows: pd.DataFrame, y: pd.Series, color, marker: str) -> None:
+def draw_across(axis, rows: pd.DataFrame, y: pd.Series, color, marker: str) -> None:
     """Estimates with intervals along x."""
     errors = [rows["estimate"] - rows["ci_low"], rows["ci_high"] - rows["estimate"]]
     style = {"color": color, "marker": marker, "linestyle": "none", "elinewidth": 1.0, "capsize": 1.5, "zorder": 3}
     axis.errorbar(rows["estimate"], y.to_numpy(), xerr=errors, **style)
 
 
-def _figure(rows: int, columns: int, height: float, caption: str):
+def new_figure(rows: int, columns: int, height: float, caption: str):
     """A figure with its axes and caption, and a function that draws a shared legend between the two."""
     text = "\n".join(textwrap.wrap(caption, 96))
     line = 0.14
@@ -472,7 +472,7 @@ def _figure(rows: int, columns: int, height: float, caption: str):
     return figure, axes, legend
 
 
-def _rows(summary: pd.DataFrame, quantity: str, optional: bool = False, **conditions) -> pd.DataFrame:
+def select(summary: pd.DataFrame, quantity: str, optional: bool = False, **conditions) -> pd.DataFrame:
     chosen = summary["quantity"] == quantity
     for column, value in conditions.items():
         chosen &= summary[column] == value
@@ -482,7 +482,7 @@ def _rows(summary: pd.DataFrame, quantity: str, optional: bool = False, **condit
     return summary[chosen]
 
 
-def _dots(axis, runs: pd.DataFrame, x: str, color, size: float = 7) -> None:
+def draw_dots(axis, runs: pd.DataFrame, x: str, color, size: float = 7) -> None:
     """Every seed, 3.5 points to the left of its x so that the estimate does not cover it."""
     place = axis.transData + ScaledTranslation(-3.5 / 72, 0, axis.figure.dpi_scale_trans)
     style = {"color": [color], "alpha": 0.5, "linewidths": 0, "zorder": 2}
@@ -491,19 +491,19 @@ def _dots(axis, runs: pd.DataFrame, x: str, color, size: float = 7) -> None:
     axis.autoscale_view()
 
 
-def _estimates(axis, rows: pd.DataFrame, x: str, **style) -> None:
+def draw_estimates(axis, rows: pd.DataFrame, x: str, **style) -> None:
     rows = rows.sort_values(x)
     errors = [rows["estimate"] - rows["ci_low"], rows["ci_high"] - rows["estimate"]]
     axis.errorbar(rows[x], rows["estimate"], yerr=errors, elinewidth=1.0, capsize=1.5, zorder=3, **style)
 
 
-def _band(axis, rows: pd.DataFrame, x: str, color, linestyle: str = "-") -> None:
+def draw_band(axis, rows: pd.DataFrame, x: str, color, linestyle: str = "-") -> None:
     rows = rows.sort_values(x)
     axis.plot(rows[x], rows["estimate"], color=color, linewidth=1.0, linestyle=linestyle)
     axis.fill_between(rows[x], rows["ci_low"], rows["ci_high"], color=color, alpha=0.15, linewidth=0)
 
 
-def _size_axis(axis, sizes: pd.Series, label: str) -> None:
+def size_axis(axis, sizes: pd.Series, label: str) -> None:
     """A log axis with a tick at each size that has room for its label."""
     axis.set_xscale("log")
     sizes = sorted({float(size) for size in sizes.dropna()})
@@ -513,25 +513,25 @@ def _size_axis(axis, sizes: pd.Series, label: str) -> None:
         if np.log(size / ticks[-1]) >= 0.16 * span:
             ticks.append(size)
     axis.set_xticks(ticks)
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda size, _: _human(size)))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda size, _: human_number(size)))
     axis.xaxis.set_minor_locator(NullLocator())
     axis.set_xlabel(label)
 
 
-def _headroom(axis, share: float) -> None:
+def add_headroom(axis, share: float) -> None:
     """Raise the upper limit by a share of the axis, as room for text."""
     low, high = axis.get_ylim()
     axis.set_ylim(low, high + share * (high - low))
 
 
-def _human(number: float) -> str:
+def human_number(number: float) -> str:
     for limit, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if number >= limit:
             return f"{number / limit:.3g}{suffix}"
     return f"{number:.3g}"
 
 
-def _caption(summary: pd.DataFrame, marks: str) -> str:
+def interval_caption(summary: pd.DataFrame, marks: str) -> str:
     """Seeds, prompts and kinds of interval of the summary in a sentence."""
     methods = " or ".join(sorted(summary["ci_method"].dropna().unique()))
     seeds, prompts = (_range(summary.loc[summary[column] > 1, column]) for column in ("num_seeds", "num_prompts"))
@@ -544,7 +544,7 @@ def _range(counts: pd.Series) -> str:
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
-@_styled
+@styled
 def throughput(summary: pd.DataFrame) -> Figure:
     """How much faster each benchmark case is than its peer, with its interval; and its share of the peer's memory.
 

@@ -8,15 +8,16 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 
 from rlhfscale.plots import (
     CATEGORIES,
-    _band,
-    _caption,
-    _dots,
-    _estimates,
-    _figure,
-    _headroom,
-    _rows,
-    _size_axis,
-    _styled,
+    add_headroom,
+    draw_band,
+    draw_dots,
+    draw_estimates,
+    interval_caption,
+    new_figure,
+    select,
+    size_axis,
+    size_colors,
+    styled,
 )
 
 ALGORITHMS = {
@@ -33,7 +34,7 @@ LADDERS = {
 """Colour, marker and line of each ladder of responses per prompt."""
 
 
-@_styled
+@styled
 def reward_model_size(runs: pd.DataFrame, summary: pd.DataFrame) -> Figure:
     """C2: pair accuracy, gain from best-of-N and gain from PPO against the reward model's size.
 
@@ -44,12 +45,12 @@ def reward_model_size(runs: pd.DataFrame, summary: pd.DataFrame) -> Figure:
             ``best_of_n_gain`` and ``ppo_gain`` by size, of each its ``_fit`` (line and band on a grid of sizes) and
             ``_slope`` (one row), and ``slope_difference`` (one row, with the verdict).
     """
-    difference = _rows(summary, "slope_difference").iloc[0]
+    difference = select(summary, "slope_difference").iloc[0]
     caption = (
-        f"{_caption(summary, 'dots: seeds; bars and bands: ')} Slopes are for each doubling of parameters. "
-        f"Best-of-N slope minus PPO slope: {_interval(difference)}. C2: {difference.verdict}."
+        f"{interval_caption(summary, 'dots: seeds; bars and bands: ')} Slopes are for each doubling of parameters. "
+        f"Best-of-N slope minus PPO slope: {signed_interval(difference)}. C2: {difference.verdict}."
     )
-    figure, axes, _ = _figure(1, 3, 2.6, caption)
+    figure, axes, _ = new_figure(1, 3, 2.6, caption)
     sampled = runs[runs["metric"] == "sampled_exact"]
     start = sampled[sampled["stage"] == "sft"].set_index("seed")["value"]
     after = sampled[sampled["stage"] == "ppo"]
@@ -65,15 +66,15 @@ def reward_model_size(runs: pd.DataFrame, summary: pd.DataFrame) -> Figure:
         "ppo_gain": ("PPO", "gain in exact accuracy"),
     }
     for axis, color, (name, (title, label)) in zip(axes, CATEGORIES[2:5], titles.items(), strict=True):
-        _dots(axis, dots[name], "reward_model_params", color)
+        draw_dots(axis, dots[name], "reward_model_params", color)
         style = {"color": color, "marker": "o", "linestyle": "none"}
-        _estimates(axis, _rows(summary, name), "reward_model_params", **style)
-        _band(axis, _rows(summary, f"{name}_fit"), "reward_model_params", color)
+        draw_estimates(axis, select(summary, name), "reward_model_params", **style)
+        draw_band(axis, select(summary, f"{name}_fit"), "reward_model_params", color)
         axis.set(title=title, ylabel=label)
-        _size_axis(axis, dots[name]["reward_model_params"], "reward-model parameters")
+        size_axis(axis, dots[name]["reward_model_params"], "reward-model parameters")
         axis.tick_params(axis="x", labelrotation=45)
-        slope = _rows(summary, f"{name}_slope").iloc[0]
-        _headroom(axis, 0.25)
+        slope = select(summary, f"{name}_slope").iloc[0]
+        add_headroom(axis, 0.25)
         text = f"slope {slope.estimate:+.4f}\n[{slope.ci_low:+.4f}, {slope.ci_high:+.4f}]"
         axis.text(0.03, 0.98, text, transform=axis.transAxes, va="top", fontsize=7)
     gains = axes[1:]
@@ -84,7 +85,7 @@ def reward_model_size(runs: pd.DataFrame, summary: pd.DataFrame) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def responses_per_prompt(runs: pd.DataFrame, summary: pd.DataFrame) -> Figure:
     """C5: accuracy against responses per prompt, and what each doubling brings.
 
@@ -94,37 +95,38 @@ def responses_per_prompt(runs: pd.DataFrame, summary: pd.DataFrame) -> Figure:
             ``sampled_exact`` (by ladder and size; once with stage sft), ``doubling_gain`` (by ladder and the size that
             is reached), ``first_doublings`` and ``last_minus_half_of_first`` (one row each, with the verdict).
     """
-    parts = [_rows(summary, name).iloc[0] for name in ("first_doublings", "last_minus_half_of_first")]
+    parts = [select(summary, name).iloc[0] for name in ("first_doublings", "last_minus_half_of_first")]
     caption = (
-        f"{_caption(summary, 'dots: seeds; bars: ')} PPO at equal prompts: {_interval(parts[0])} for each of the first "
-        f"two doublings; the last one minus half of that: {_interval(parts[1])}. C5: {parts[0].verdict}."
+        f"{interval_caption(summary, 'dots: seeds; bars: ')} PPO at equal prompts: "
+        f"{signed_interval(parts[0])} for each of the first two doublings; the last one minus half of that: "
+        f"{signed_interval(parts[1])}. C5: {parts[0].verdict}."
     )
-    figure, (left, right), legend = _figure(1, 2, 3.1, caption)
+    figure, (left, right), legend = new_figure(1, 2, 3.1, caption)
     runs = runs[runs["metric"] == "sampled_exact"]
-    start = _rows(summary, "sampled_exact", stage="sft").iloc[0]
+    start = select(summary, "sampled_exact", stage="sft").iloc[0]
     left.axhline(start.estimate, color="0.4", linewidth=1.0, linestyle=":")
     right.axhline(0, color="0.4", linewidth=0.8)
     handles = [Line2D([], [], color="0.4", linestyle=":", label="SFT")]
     for index, (name, (color, marker, linestyle)) in enumerate(LADDERS.items()):
         style = {"color": color, "marker": marker}
-        _dots(left, runs[runs["ladder"] == name], "responses_per_prompt", color, size=5)
-        rows = _rows(summary, "sampled_exact", ladder=name)
-        _estimates(left, rows, "responses_per_prompt", linestyle=linestyle, **style)
-        rows = _rows(summary, "doubling_gain", ladder=name)
+        draw_dots(left, runs[runs["ladder"] == name], "responses_per_prompt", color, size=5)
+        rows = select(summary, "sampled_exact", ladder=name)
+        draw_estimates(left, rows, "responses_per_prompt", linestyle=linestyle, **style)
+        rows = select(summary, "doubling_gain", ladder=name)
         beside = rows["responses_per_prompt"] * 2 ** (0.12 * (index - 1))
-        _estimates(right, rows.assign(place=beside), "place", linestyle="none", **style)
+        draw_estimates(right, rows.assign(place=beside), "place", linestyle="none", **style)
         label = name.replace("ppo", "PPO").replace("grpo", "GRPO")
         handles.append(Line2D([], [], linestyle=linestyle, label=label, **style))
     sizes = sorted({int(size) for size in runs["responses_per_prompt"].dropna()})
-    _doublings(left, sizes)
-    _doublings(right, sizes[1:], [f"to {size}" for size in sizes[1:]])
+    doubling_axis(left, sizes)
+    doubling_axis(right, sizes[1:], [f"to {size}" for size in sizes[1:]])
     left.set(title="accuracy", xlabel="responses per prompt", ylabel="sampled exact-match accuracy")
     right.set(title="gain of each doubling", xlabel="responses per prompt, doubled", ylabel="accuracy")
     legend(handles, ncols=4)
     return figure
 
 
-@_styled
+@styled
 def algorithms(runs: pd.DataFrame, summary: pd.DataFrame) -> Figure:
     """C9: gain by algorithm at equal roll-outs, and the distance from PPO within the margin of equivalence.
 
@@ -135,13 +137,13 @@ def algorithms(runs: pd.DataFrame, summary: pd.DataFrame) -> Figure:
             ``gain`` and ``minus_ppo`` (by algorithm and size), ``minus_ppo_in_all`` (by algorithm; GRPO's has the
             verdict).
     """
-    whole = _rows(summary, "minus_ppo_in_all")
+    whole = select(summary, "minus_ppo_in_all")
     grpo = whole[whole["algorithm"] == "grpo"].iloc[0]
     caption = (
-        f"{_caption(summary, 'dots: seeds; bars: ')} Shaded: differences that count as none (margin {grpo.margin:g}). "
-        f"GRPO minus PPO in all: {_interval(grpo)}. C9: {grpo.verdict}."
+        f"{interval_caption(summary, 'dots: seeds; bars: ')} Shaded: differences that count as none "
+        f"(margin {grpo.margin:g}). GRPO minus PPO in all: {signed_interval(grpo)}. C9: {grpo.verdict}."
     )
-    figure, (left, right), legend = _figure(1, 2, 2.9, caption)
+    figure, (left, right), legend = new_figure(1, 2, 2.9, caption)
     sampled = runs[runs["metric"] == "sampled_exact"]
     start = sampled[sampled["stage"] == "sft"].set_index("seed")["value"]
     sizes = sorted({int(size) for size in sampled["responses_per_prompt"].dropna()})
@@ -157,14 +159,14 @@ def algorithms(runs: pd.DataFrame, summary: pd.DataFrame) -> Figure:
         place = {size: spot + 0.22 * (index - (len(names) - 1) / 2) for spot, size in enumerate(sizes)}
         dots = sampled[sampled["algorithm"] == name]
         dots = dots.assign(value=dots["value"] - dots["seed"].map(start), place=dots["responses_per_prompt"].map(place))
-        _dots(left, dots, "place", color)
-        rows = _rows(summary, "gain", algorithm=name)
-        _estimates(left, rows.assign(place=rows["responses_per_prompt"].map(place)), "place", **style)
+        draw_dots(left, dots, "place", color)
+        rows = select(summary, "gain", algorithm=name)
+        draw_estimates(left, rows.assign(place=rows["responses_per_prompt"].map(place)), "place", **style)
         if name != "ppo":
-            rows = _rows(summary, "minus_ppo", algorithm=name)
-            _estimates(right, rows.assign(place=rows["responses_per_prompt"].map(place)), "place", **style)
+            rows = select(summary, "minus_ppo", algorithm=name)
+            draw_estimates(right, rows.assign(place=rows["responses_per_prompt"].map(place)), "place", **style)
             spot = len(sizes) + 0.22 * (index - (len(names) - 1) / 2)
-            _estimates(right, whole[whole["algorithm"] == name].assign(place=spot), "place", **style)
+            draw_estimates(right, whole[whole["algorithm"] == name].assign(place=spot), "place", **style)
     left.set_xticks(range(len(sizes)), [str(size) for size in sizes])
     right.set_xticks(range(len(sizes) + 1), [*map(str, sizes), "mean"])
     left.set(title="gain at equal roll-outs", xlabel="responses per prompt", ylabel="accuracy, trained minus SFT")
@@ -173,7 +175,47 @@ def algorithms(runs: pd.DataFrame, summary: pd.DataFrame) -> Figure:
     return figure
 
 
-@_styled
+@styled
+def learning_rates(runs: pd.DataFrame, summary: pd.DataFrame) -> Figure:
+    """Accuracy above that at the recipe's rate, against the rate: PPO by rung, and its siblings.
+
+    Args:
+        runs: not drawn.
+        summary: the common columns, ``algorithm``, ``rung``, ``num_params``, ``policy_lr``; quantity ``minus_recipe``.
+    """
+    rows = select(summary, "minus_recipe")
+    caption = (
+        f"Sampled exact accuracy minus that at the recipe's rate; bars: 95% intervals ({rows['ci_method'].iloc[0]}) "
+        f"over {rows['num_prompts'].max():,} prompts, mean of the seeds. No other figure uses these seeds or prompts."
+    )
+    figure, (left, right), legend = new_figure(1, 2, 2.8, caption)
+    ppo = rows[rows["algorithm"] == "ppo"]
+    colors = size_colors(dict(zip(ppo["rung"], ppo["num_params"], strict=True)))
+    handles = []
+    for index, (rung, color) in enumerate(colors.items()):
+        of = ppo[ppo["rung"] == rung]
+        beside = of["policy_lr"] * 2 ** (0.1 * (index - (len(colors) - 1) / 2))
+        draw_estimates(left, of.assign(place=beside), "place", color=color, marker="o")
+        handles.append(Line2D([], [], color=color, marker="o", label=f"PPO, {rung}"))
+    others = rows[(rows["algorithm"] != "ppo") | (rows["rung"].isin(rows.loc[rows["algorithm"] != "ppo", "rung"]))]
+    for index, (name, of) in enumerate(others.groupby("algorithm")):
+        label, color, marker = ALGORITHMS[name]
+        draw_estimates(
+            right, of.assign(place=of["policy_lr"] * 2 ** (0.1 * index)), "place", color=color, marker=marker
+        )
+        handles.append(Line2D([], [], color=color, marker=marker, label=f"{label}, {of['rung'].iloc[0]}"))
+    for axis in (left, right):
+        axis.axhline(0, color="0.4", linewidth=0.8)
+        rates = sorted(rows["policy_lr"].unique())
+        doubling_axis(axis, rates, [f"{rate:g}" for rate in rates])
+        axis.set(xlabel="learning rate")
+    left.set(title="PPO by rung", ylabel="accuracy, minus the recipe's rate")
+    right.set(title="algorithms")
+    legend(handles, ncols=5)
+    return figure
+
+
+@styled
 def learning_curves(metrics: pd.DataFrame) -> Figure:
     """Gold reward and KL update by update, a column for each number of responses per prompt, every seed drawn.
 
@@ -186,7 +228,7 @@ def learning_curves(metrics: pd.DataFrame) -> Figure:
         f"Roll-outs of training. Thin lines: {metrics['seed'].nunique()} seeds; thick lines: their mean, gold over "
         "five updates; no intervals."
     )
-    figure, axes, legend = _figure(2, len(sizes), 3.8, caption)
+    figure, axes, legend = new_figure(2, len(sizes), 3.8, caption)
     axes = np.reshape(axes, (2, len(sizes)))
     names = [name for name in ALGORITHMS if name in set(metrics["algorithm"])]
     for column, size in enumerate(sizes):
@@ -209,12 +251,12 @@ def learning_curves(metrics: pd.DataFrame) -> Figure:
     return figure
 
 
-def _doublings(axis, sizes: list[int], labels: list[str] | None = None) -> None:
+def doubling_axis(axis, sizes: list[float], labels: list[str] | None = None) -> None:
     """A log2 axis with a tick at each size."""
     axis.set_xscale("log", base=2)
     axis.set_xticks(sizes, labels or [str(size) for size in sizes])
     axis.xaxis.set_minor_locator(NullLocator())
 
 
-def _interval(row: pd.Series) -> str:
+def signed_interval(row: pd.Series) -> str:
     return f"{row.estimate:+.4f} [{row.ci_low:+.4f}, {row.ci_high:+.4f}]"

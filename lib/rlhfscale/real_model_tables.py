@@ -15,7 +15,7 @@ from rlhfscale.evals.best_of_n import best_of_n
 from rlhfscale.real_model import RealModel
 from rlhfscale.results import summary_row
 from rlhfscale.spec import Spec
-from rlhfscale.study import Tables, _means, _per_prompt, command
+from rlhfscale.study import Tables, command, mean_intervals, per_prompt_table
 
 
 def tables(P: RealModel, folders: Mapping[Spec, Path]) -> Tables:
@@ -37,9 +37,9 @@ def tables(P: RealModel, folders: Mapping[Spec, Path]) -> Tables:
         for task in (*P.tasks, "all"):
             columns = np.ones(len(of_task), bool) if task == "all" else of_task == task
             accuracy = np.array([right[stage][:, columns] for stage in P.stages])
-            for stage, part in zip(P.stages, _means(accuracy).split(), strict=True):
+            for stage, part in zip(P.stages, mean_intervals(accuracy).split(), strict=True):
                 summary.append(summary_row(f"{kind}_accuracy", part, stage=stage, task=task))
-            for stage, part in zip(P.stages[2:], _means(accuracy[2:] - accuracy[1]).split(), strict=True):
+            for stage, part in zip(P.stages[2:], mean_intervals(accuracy[2:] - accuracy[1]).split(), strict=True):
                 summary.append(summary_row(f"{kind}_gain", part, stage=stage, task=task))
     summary += _best_of_n(P, folders, found)
     return Tables(
@@ -108,7 +108,7 @@ def _best_of_n(P: RealModel, folders: Mapping[Spec, Path], found: dict) -> list[
     right = np.array([found["tuned", seed, "sampled"].right for seed in P.seeds], float)
     scores = np.array([load_file(folders[P.scores(seed)] / "scores.safetensors")["scores"] for seed in P.seeds])
     curve = np.moveaxis(best_of_n(right, scores, list(P.best_of)), -1, 0)
-    best = zip(P.best_of, _means(curve).split(), strict=True)
+    best = zip(P.best_of, mean_intervals(curve).split(), strict=True)
     return [summary_row("best_of_n", part, num_responses=size, stage="tuned", task="all") for size, part in best]
 
 
@@ -116,6 +116,6 @@ def _all_prompts(P: RealModel, found: dict) -> pd.DataFrame:
     parts = []
     for (stage, seed, kind), answers in found.items():
         spec = P.evaluation(stage, seed) if kind == "sampled" else P.greedy(stage, seed)
-        values = _per_prompt(spec, seed, f"{kind}_accuracy", answers.right.mean(1))
+        values = per_prompt_table(spec, seed, f"{kind}_accuracy", answers.right.mean(1))
         parts.append(values.assign(stage=stage, task=answers.tasks))
     return pd.concat(parts)

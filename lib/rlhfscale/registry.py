@@ -1,5 +1,5 @@
 """Importing this module registers the parameters of every figure (`params.FIGURES`)."""
 
-from rlhfscale import figures, real_model, sweeps
+from rlhfscale import figures, real_model, sweeps, sweeps_compute, sweeps_data, sweeps_process
 
-__all__ = ["figures", "real_model", "sweeps"]
+__all__ = ["figures", "real_model", "sweeps", "sweeps_compute", "sweeps_data", "sweeps_process"]

@@ -155,7 +155,7 @@ class _Board:
         self.pool = ThreadPoolExecutor(NOTEBOOKS_AT_ONCE)
         self.notebooks: list[Future] = []
         for figure in figures:
-            if not figure.specs:
+            if not figure.specs and not figure.params.reads_results:
                 self.notebooks.append(self.pool.submit(self.execute, figure))
 
     def settled(self, spec: Spec, status: str) -> None:
@@ -172,8 +172,12 @@ class _Board:
                 self.notebooks.append(self.pool.submit(self.execute, figure))
 
     def wait(self) -> None:
+        """Wait for the notebooks, then execute those that read the others' results."""
         for notebook in self.notebooks:
             notebook.result()
+        for figure in self.figures:
+            if figure.params.reads_results:
+                self.execute(figure)
         self.pool.shutdown()
 
     def stop(self) -> None:

@@ -74,6 +74,13 @@ class SFT(Spec):
         return f"sft {self.rung}"
 
 
+def _enough_data(spec: "AnyRewardModel") -> "AnyRewardModel":
+    most = sum(samples.num_prompts for samples in spec.data)
+    if spec.num_prompts > most:
+        raise ValueError(f"num_prompts: {spec.num_prompts} is more than the {most} labelled prompts of the data")
+    return spec
+
+
 class RewardModel(Spec):
     """An outcome reward model: Bradley-Terry on the pairs within each prompt, started from an SFT model."""
 
@@ -93,12 +100,7 @@ class RewardModel(Spec):
     readout: Literal["last", "sum"]
     seed: int = Field(ge=0)
 
-    @model_validator(mode="after")
-    def _enough_data(self) -> "RewardModel":
-        most = sum(samples.num_prompts for samples in self.data)
-        if self.num_prompts > most:
-            raise ValueError(f"num_prompts: {self.num_prompts} is more than the {most} labelled prompts of the data")
-        return self
+    _enough_data = model_validator(mode="after")(_enough_data)
 
     @property
     def rung(self) -> str:
@@ -118,6 +120,46 @@ class RewardModel(Spec):
         return f"reward model {self.rung}, {self.num_prompts} prompts, seed {self.seed}"
 
 
+class ProcessRewardModel(Spec):
+    """A process reward model: right or wrong for each step of single responses, started from an SFT model."""
+
+    stage: ClassVar[str] = "process_reward_model"
+    version: ClassVar[int] = 1
+    runner: ClassVar[str] = "rlhfscale.stages:process_reward_model"
+
+    base: SFT
+    data: tuple["Samples", ...]
+    held_out: tuple["Samples", ...]
+    num_prompts: int = Field(ge=1)
+    epochs: int = Field(ge=1)
+    responses_per_batch: int = Field(ge=1)
+    lr: float = Field(gt=0)
+    muon_lr: float = Field(gt=0)
+    lora_rank: int = Field(ge=0)
+    aggregate: Literal["last", "min", "product"]
+    seed: int = Field(ge=0)
+
+    _enough_data = model_validator(mode="after")(_enough_data)
+
+    @property
+    def rung(self) -> str:
+        return self.base.rung
+
+    @property
+    def cost_s(self) -> float:
+        sequences = self.num_prompts * self.epochs * self.data[0].num_samples
+        held_out = sum(samples.num_prompts * samples.num_samples for samples in self.held_out)
+        return 1 + ladder.rung(self.rung).seconds(
+            train_tokens=sequences * TOKENS_PER_DOCUMENT, forward_tokens=held_out * TOKENS_PER_DOCUMENT
+        )
+
+    @property
+    def title(self) -> str:
+        return f"process reward model {self.rung}, {self.num_prompts} prompts, seed {self.seed}"
+
+
+AnyRewardModel = RewardModel | ProcessRewardModel
+
 PPO_ONLY = "critic", "critic_lr", "value_coefficient", "value_clip", "gamma", "lam"
 """Fields of `Policy` that belong to a critic: PPO needs each of them, GRPO and RLOO have none."""
 
@@ -130,7 +172,7 @@ class Policy(Spec):
     runner: ClassVar[str] = "rlhfscale.stages:policy"
 
     sft: SFT
-    reward_model: RewardModel
+    reward_model: AnyRewardModel
     algorithm: Literal["ppo", "grpo", "rloo"]
     critic: Literal["trunk", "separate"] | None = None
     num_updates: int = Field(ge=1)
@@ -237,7 +279,7 @@ class Scores(Spec):
     runner: ClassVar[str] = "rlhfscale.stages:scores"
 
     samples: Samples
-    reward_model: RewardModel
+    reward_model: AnyRewardModel
 
     @property
     def cost_s(self) -> float:
@@ -251,6 +293,7 @@ class Scores(Spec):
 
 
 RewardModel.model_rebuild()
+ProcessRewardModel.model_rebuild()
 
 
 class MTBench(Spec):

@@ -24,7 +24,8 @@ from rlhfscale.data.demonstrations import (
 from rlhfscale.data.responses import Responses, label
 from rlhfscale.evals import benchmarks, evaluate, sources
 from rlhfscale.evals.judge import Cache
-from rlhfscale.rewards import outcome
+from rlhfscale.rewards import outcome, process
+from rlhfscale.rewards.labelled import StepLabelled, response_sequences, study_step_ids
 from rlhfscale.rl import GRPO, PPO, RLOO, GRPOConfig, PPOConfig, RLOOConfig
 from rlhfscale.samplers import Completions, hf, repeated, request_seeds
 from rlhfscale.store import scratch
@@ -135,6 +136,42 @@ def reward_model(spec: specs.RewardModel, inputs: Inputs, folder: Path) -> None:
     save_file({"pair_accuracy": np.stack(accuracy), "num_pairs": np.array(num_pairs)}, folder / "held_out.safetensors")
 
 
+def process_reward_model(spec: specs.ProcessRewardModel, inputs: Inputs, folder: Path) -> None:
+    """model/ (see `ProcessRewardModel.save`), train.csv, and held_out.safetensors: of each held-out response, int64
+    [response], its family, the first wrong step and the first that the model calls wrong; -1 where there is none."""
+    share = -(-spec.num_prompts // len(spec.data))
+    data = [load_steps(inputs, source, share) for source in spec.data]
+    step_ids = study_step_ids()
+    model, records = process.train(
+        models.load_scorer(inputs[spec.base.key] / "model", init_seed=spec.seed),
+        data,
+        step_ids=step_ids,
+        epochs=spec.epochs,
+        responses_per_batch=spec.responses_per_batch,
+        lr=spec.lr,
+        muon_lr=spec.muon_lr,
+        lora_rank=spec.lora_rank,
+        seed=(spec.seed, 0),
+    )
+    reward = process.ProcessRewardModel(model, models.build_tokenizer(), step_ids, spec.aggregate)
+    reward.calibrate(np.concatenate([reward.score(part.sequences[: 256 * spec.data[0].num_samples]) for part in data]))
+    reward.save(folder / "model")
+    pd.DataFrame(records).to_csv(folder / "train.csv", index=False)
+    columns = {"family": [], "first_wrong": [], "first_wrong_found": []}
+    for source in spec.held_out:
+        steps, responses = load_steps(inputs, source, source.num_prompts), load_responses(inputs, source)
+        columns["family"].append(np.repeat(responses.family.astype(np.int64), responses.num_samples))
+        columns["first_wrong"].append(np.array([first(labels < 0.5) for labels in steps.labels]))
+        found = [first(chances < 0.5) for chances in reward.step_scores(steps.sequences)]
+        columns["first_wrong_found"].append(np.array(found))
+    save_file({name: np.concatenate(parts) for name, parts in columns.items()}, folder / "held_out.safetensors")
+
+
+def first(flags: np.ndarray) -> int:
+    """Index of the first True; -1 where there is none."""
+    return int(flags.argmax()) if flags.any() else -1
+
+
 def policy(spec: specs.Policy, inputs: Inputs, folder: Path) -> None:
     """model/ (adapter folded in), adapters/ (policy, and PPO's critic, as PEFT folders; value head), metrics.csv."""
     trainers = {"ppo": (PPO, PPOConfig), "grpo": (GRPO, GRPOConfig), "rloo": (RLOO, RLOOConfig)}
@@ -142,7 +179,7 @@ def policy(spec: specs.Policy, inputs: Inputs, folder: Path) -> None:
     base = models.load_policy(inputs[spec.sft.key] / "model")
     # what the adapters record as their base, rather than a path of this machine
     base.name_or_path = base.config.name_or_path = spec.sft.key
-    reward = outcome.OutcomeRewardModel.load(inputs[spec.reward_model.key] / "model").normalised()
+    reward = load_reward(inputs, spec.reward_model).normalised()
     names = config_type.model_fields.keys() & type(spec).model_fields.keys()
     config = config_type(**{name: getattr(spec, name) for name in names}, max_new_tokens=tasks.MAX_RESPONSE_TOKENS)
     stream = tasks.problems((spec.seed, STREAM["policy"]), "train", spec.sft.families)
@@ -168,13 +205,25 @@ def policy(spec: specs.Policy, inputs: Inputs, folder: Path) -> None:
 
 def scores(spec: specs.Scores, inputs: Inputs, folder: Path) -> None:
     """scores.safetensors: float32 [prompt, sample], raw."""
-    reward = outcome.OutcomeRewardModel.load(inputs[spec.reward_model.key] / "model")
-    scored = reward.score_responses(load_responses(inputs, spec.samples))
-    save_file({"scores": scored}, folder / "scores.safetensors")
+    responses = load_responses(inputs, spec.samples)
+    scored = load_reward(inputs, spec.reward_model).score(response_sequences(responses))
+    save_file({"scores": scored.reshape(responses.gold.shape)}, folder / "scores.safetensors")
 
 
 def load_responses(inputs: Inputs, spec: specs.Samples) -> Responses:
     return Responses.load(inputs[spec.key] / "responses.safetensors")
+
+
+def load_steps(inputs: Inputs, spec: specs.Samples, num_prompts: int) -> StepLabelled:
+    """The responses to the first prompts with a label for each step."""
+    problems = problem_list((spec.prompt_seed, STREAM[spec.split]), spec.split, spec.families, num_prompts)
+    return StepLabelled.from_responses(problems, load_responses(inputs, spec).head(num_prompts))
+
+
+def load_reward(inputs: Inputs, spec: specs.AnyRewardModel) -> outcome.OutcomeRewardModel | process.ProcessRewardModel:
+    """The reward model that a spec names."""
+    kinds = {specs.RewardModel: outcome.OutcomeRewardModel, specs.ProcessRewardModel: process.ProcessRewardModel}
+    return kinds[type(spec)].load(inputs[spec.key] / "model")
 
 
 def mt_bench(spec: specs.MTBench, inputs: Inputs, folder: Path) -> None:

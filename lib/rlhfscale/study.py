@@ -65,7 +65,7 @@ def save(P: RecipeFigure, tables: Tables, pictures: Mapping[str, "Figure"], fold
         folders: artifact folders by spec.
         wall_s: seconds that the notebook took, for the manifest.
     """
-    folder = ResultsFolder(P.figure, tier=_tier(P))
+    folder = ResultsFolder(P.figure, tier=tier(P))
     folder.write_runs(tables.runs)
     folder.write_summary(tables.summary)
     folder.write_per_prompt(tables.per_prompt)
@@ -90,12 +90,12 @@ def save(P: RecipeFigure, tables: Tables, pictures: Mapping[str, "Figure"], fold
 
 def command(P: RecipeFigure) -> str:
     """What makes a figure with these parameters."""
-    if _tier(P) == CUSTOM:
+    if tier(P) == CUSTOM:
         return f"notebooks/{P.figure}.ipynb with the parameters in manifest.json"
     return f"make figures TIER={P.recipe} FIGURE={P.figure}"
 
 
-def _tier(P: RecipeFigure) -> str:
+def tier(P: RecipeFigure) -> str:
     """The tier whose file holds just these parameters, else CUSTOM: playing must not overwrite a tier's results."""
     return P.recipe if load_params(P.figure, P.recipe) == P else CUSTOM
 
@@ -117,12 +117,12 @@ def verdicts(tables: Tables) -> pd.DataFrame:
 
 def policy_size(P: PolicySize, folders: Folders) -> Tables:
     """C1: accuracy before and after PPO by policy rung and seed, gains, and their slope per doubling of parameters."""
-    rows, prompts, cells = _Runs(P), [], {}
+    rows, prompts, cells = Runs(P), [], {}
     for stage in ("sft", "ppo"):
         for rung in P.policy_rungs:
             for seed in P.seeds:
                 sampled_spec, greedy_spec = P.evaluations(stage, rung, seed)
-                sampled, greedy = (_responses(folders, spec) for spec in (sampled_spec, greedy_spec))
+                sampled, greedy = (read_responses(folders, spec) for spec in (sampled_spec, greedy_spec))
                 cells[stage, rung, seed] = sampled.exact.mean(1)
                 about = {"rung": rung, "stage": stage, "seed": seed, "num_prompts": sampled.num_prompts}
                 metrics = {
@@ -138,7 +138,7 @@ def policy_size(P: PolicySize, folders: Folders) -> Tables:
                     rows.add(sampled_spec.model, training, **about | {"num_prompts": P.settings.ppo_prompts})
                 if stage == "ppo" or seed == P.seeds[0]:  # before training, greedy is one run for all seeds
                     rows.add(greedy_spec, {"greedy_exact": greedy.exact.mean()}, **about)
-                per_prompt = _per_prompt(sampled_spec, seed, "sampled_exact", cells[stage, rung, seed])
+                per_prompt = per_prompt_table(sampled_spec, seed, "sampled_exact", cells[stage, rung, seed])
                 prompts.append(per_prompt.assign(stage=stage, rung=rung))
     accuracy = {
         stage: np.array([[cells[stage, rung, seed] for seed in P.seeds] for rung in P.policy_rungs])
@@ -147,26 +147,26 @@ def policy_size(P: PolicySize, folders: Folders) -> Tables:
     sizes = np.array([ladder.rung(rung).num_params for rung in P.policy_rungs])
     summary = []
     for stage, values in accuracy.items():
-        summary += _by_rung("sampled_exact", P.policy_rungs, _means(values), stage=stage)
+        summary += rung_rows("sampled_exact", P.policy_rungs, mean_intervals(values), stage=stage)
     gain = accuracy["ppo"] - accuracy["sft"]
-    summary += _by_rung("gain", P.policy_rungs, _means(gain))
+    summary += rung_rows("gain", P.policy_rungs, mean_intervals(gain))
     both = (accuracy["sft"], accuracy["ppo"])
-    headroom = nested_bootstrap(both, lambda m: (m[1] - m[0]) / (1 - m[0]), rng=_rng(), on="means")
-    summary += _by_rung("gain_per_headroom", P.policy_rungs, headroom)
-    slope = nested_bootstrap(gain, lambda means: slope_per_doubling(sizes, means), rng=_rng(), on="means")
+    headroom = nested_bootstrap(both, lambda m: (m[1] - m[0]) / (1 - m[0]), rng=new_rng(), on="means")
+    summary += rung_rows("gain_per_headroom", P.policy_rungs, headroom)
+    slope = nested_bootstrap(gain, lambda means: slope_per_doubling(sizes, means), rng=new_rng(), on="means")
     result = judge("C1", slope)
     summary.append(summary_row("gain_slope", slope) | {"verdict": result.verdict})
-    summary += _band_rows("gain_fit", "num_params", fit_with_intervals(fit_slope, sizes, gain, rng=_rng()), slope)
+    summary += band_rows("gain_fit", "num_params", fit_with_intervals(fit_slope, sizes, gain, rng=new_rng()), slope)
     extra = {"training.csv": training_metrics(P, folders)}
     return Tables(rows.table(), pd.DataFrame(summary), pd.concat(prompts), (result,), extra)
 
 
 def best_of_n(P: BestOfN, folders: Folders) -> Tables:
     """C6: best-of-N by reward-model rung and seed, votes, pass@N, and how the gain for each doubling changes."""
-    sizes, responses = list(P.best_of), _responses(folders, P.samples)
-    rows, prompts = _Runs(P), []
+    sizes, responses = list(P.best_of), read_responses(folders, P.samples)
+    rows, prompts = Runs(P), []
     proxy = np.array(
-        [[_scores(folders, P.scores(rung, seed)) for seed in P.seeds] for rung in P.reward_model_rungs]
+        [[read_scores(folders, P.scores(rung, seed)) for seed in P.seeds] for rung in P.reward_model_rungs]
     )  # [reward model, seed, prompt, sample]
     curves = {
         "best_of_n": bon.best_of_n(np.broadcast_to(responses.exact, proxy.shape), proxy, sizes),
@@ -182,28 +182,28 @@ def best_of_n(P: BestOfN, folders: Folders) -> Tables:
                 rows.add(spec, metrics, rung=P.policy_rung, reward_model=rung, **about)
                 if size in P.claim_sizes:
                     value = curves["best_of_n"][r, s, :, n]
-                    per_prompt = _per_prompt(spec, seed, "best_of_n", value)
+                    per_prompt = per_prompt_table(spec, seed, "best_of_n", value)
                     prompts.append(per_prompt.assign(num_responses=size, reward_model=rung))
     summary = []
     for name, curve in curves.items():
-        means = _means(np.moveaxis(curve, -1, 1).reshape(-1, *curve.shape[1:3]))
+        means = mean_intervals(np.moveaxis(curve, -1, 1).reshape(-1, *curve.shape[1:3]))
         cells = [(rung, size) for rung in P.reward_model_rungs for size in sizes]
         for (rung, size), interval in zip(cells, means.split(), strict=True):
             params = ladder.rung(rung).num_params
             about = {"reward_model": rung, "reward_model_params": params, "num_responses": size}
             summary.append(summary_row(name, interval, **about))
     for name, values in _votes(responses, sizes).items():
-        interval = bootstrap(values.T, lambda means: means, unit="prompt", rng=_rng(), on="means")
+        interval = bootstrap(values.T, lambda means: means, unit="prompt", rng=new_rng(), on="means")
         for size, part in zip(sizes, interval.split(), strict=True):
             summary.append(summary_row(name, part, num_responses=size))
     reference = np.moveaxis(curves["best_of_n"][P.reward_model_rungs.index(P.reference_rung)], -1, 0)
-    difference = nested_bootstrap(reference, lambda m: _early_minus_late(P, m), rng=_rng(), on="means")
+    difference = nested_bootstrap(reference, lambda m: _early_minus_late(P, m), rng=new_rng(), on="means")
     result = judge("C6", difference)
     ranges = dict(zip(("first", "early", "late", "last"), P.claim_sizes, strict=True))
     row = summary_row("early_minus_late_gain", difference, reward_model=P.reference_rung, **ranges)
     summary.append(row | {"verdict": result.verdict})
     most = sizes.index(max(sizes))
-    in_all = nested_bootstrap(reference, lambda m: m[most] - m[sizes.index(1)], rng=_rng(), on="means")
+    in_all = nested_bootstrap(reference, lambda m: m[most] - m[sizes.index(1)], rng=new_rng(), on="means")
     summary.append(summary_row("gain_at_largest_n", in_all, reward_model=P.reference_rung, num_responses=max(sizes)))
     return Tables(rows.table(), pd.DataFrame(summary), pd.concat(prompts), (result,))
 
@@ -232,23 +232,23 @@ def _votes(responses: Responses, sizes: list[int]) -> dict[str, np.ndarray]:
     answers = responses.answers()
     missing = answers < 0
     answers = np.where(missing, -1 - np.arange(answers.shape[1]), answers)
-    vote = bon.majority_vote(answers, responses.exact, sizes, rng=_rng())
+    vote = bon.majority_vote(answers, responses.exact, sizes, rng=new_rng())
     return {"pass_at_n": bon.pass_at_n(responses.exact, sizes), "majority_vote": vote}
 
 
 def test_bed(P: TestBed, folders: Folders) -> Tables:
     """Loss against compute, accuracy by rung and family, reward models by size and data, and the bed's conditions."""
-    rows, summary, prompts = _Runs(P), [], []
+    rows, summary, prompts = Runs(P), [], []
     excess = _ladder_loss(P, folders, rows, prompts)
     sizes = {rung: ladder.rung(rung).num_params for rung in P.policy_rungs}
     flops = np.array([_last_loss(folders, P, rung)["flops"] for rung in P.policy_rungs])
-    interval = bootstrap(excess, lambda means: means, unit="prompt", rng=_rng(), on="means")
+    interval = bootstrap(excess, lambda means: means, unit="prompt", rng=new_rng(), on="means")
     for rung, compute, part in zip(P.policy_rungs, flops, interval.split(), strict=True):
         about = {"rung": rung, "num_params": sizes[rung], "train_flops": compute}
         summary.append(summary_row("excess_loss", part, **about))
-    fit = fit_with_intervals(fit_power_law, flops, excess, unit="prompt", rng=_rng())
+    fit = fit_with_intervals(fit_power_law, flops, excess, unit="prompt", rng=new_rng())
     exponent = fit.intervals["b"]
-    summary += _band_rows("loss_fit", "train_flops", fit, exponent)
+    summary += band_rows("loss_fit", "train_flops", fit, exponent)
     summary.append(summary_row("loss_exponent", exponent))
     summary.append(summary_row("loss_r2", exponent) | {"estimate": fit.r2_log, "ci_low": np.nan, "ci_high": np.nan})
     accuracy = _ladder_accuracy(P, folders, rows, summary, prompts)
@@ -262,7 +262,7 @@ def test_bed(P: TestBed, folders: Folders) -> Tables:
     return Tables(rows.table(), pd.DataFrame(summary), pd.concat(prompts), extra={"conditions.csv": conditions})
 
 
-def _ladder_loss(P: TestBed, folders: Folders, rows: "_Runs", prompts: list) -> np.ndarray:
+def _ladder_loss(P: TestBed, folders: Folders, rows: "Runs", prompts: list) -> np.ndarray:
     """Loss above the demonstrators' own: float64 [rung, document], whose mean is in nats for each response token."""
     excess = []
     demonstrators = demonstration_nats(held_out_documents(P.settings.pretrain_slip), P.settings.pretrain_slip)
@@ -273,12 +273,12 @@ def _ladder_loss(P: TestBed, folders: Folders, rows: "_Runs", prompts: list) -> 
         last = _last_loss(folders, P, rung)
         metrics = {"excess_loss": values.mean(), "heldout_loss": last["loss_nats"]}
         rows.add(spec, metrics, rung=rung, train_flops=last["flops"], seed=spec.seed, num_prompts=len(values))
-        prompts.append(_per_prompt(spec, spec.seed, "excess_loss", values))
+        prompts.append(per_prompt_table(spec, spec.seed, "excess_loss", values))
         excess.append(values)
     return np.array(excess)
 
 
-def _ladder_accuracy(P: TestBed, folders: Folders, rows: "_Runs", summary: list, prompts: list) -> np.ndarray:
+def _ladder_accuracy(P: TestBed, folders: Folders, rows: "Runs", summary: list, prompts: list) -> np.ndarray:
     """Sampled exact accuracy of the SFT rungs: float64 [rung, prompt]. Adds rows by family and by difficulty."""
     sampled_exact = []
     families = list(tasks.FAMILIES)
@@ -286,7 +286,7 @@ def _ladder_accuracy(P: TestBed, folders: Folders, rows: "_Runs", summary: list,
         sft, params = P.settings.sft(rung), ladder.rung(rung).num_params
         for metric, seed, greedy in (("sampled_exact", P.seeds[0], False), ("greedy_exact", 0, True)):
             spec = P.settings.evaluation(sft, seed, greedy=greedy)
-            responses = _responses(folders, spec)
+            responses = read_responses(folders, spec)
             exact = responses.exact.mean(1)
             groups = {("family", name): responses.family == index for index, name in enumerate(families)}
             groups |= {("difficulty", k): responses.difficulty == k for k in np.unique(responses.difficulty).tolist()}
@@ -294,16 +294,16 @@ def _ladder_accuracy(P: TestBed, folders: Folders, rows: "_Runs", summary: list,
                 about = {"rung": rung, kind: name}
                 rows.add(spec, {metric: exact[chosen].mean()}, seed=seed, num_prompts=int(chosen.sum()), **about)
                 if kind == "family":
-                    interval = bootstrap(exact[chosen], np.mean, unit="prompt", rng=_rng(), on="means")
+                    interval = bootstrap(exact[chosen], np.mean, unit="prompt", rng=new_rng(), on="means")
                     summary.append(summary_row(metric, interval, num_params=params, **about))
             if not greedy:
                 sampled_exact.append(exact)
-                prompts.append(_per_prompt(spec, seed, metric, exact))
+                prompts.append(per_prompt_table(spec, seed, metric, exact))
     return np.array(sampled_exact)
 
 
 def _reward_model_accuracy(
-    P: TestBed, folders: Folders, rows: "_Runs", summary: list, prompts: list
+    P: TestBed, folders: Folders, rows: "Runs", summary: list, prompts: list
 ) -> dict[tuple[str, int], Interval]:
     """Interval of the accuracy within a prompt, by rung and number of labelled prompts.
 
@@ -312,7 +312,7 @@ def _reward_model_accuracy(
     specs = P.reward_models()
     held_out = {cell: load_file(folders[spec] / "held_out.safetensors") for cell, spec in specs.items()}
     # the label rungs answer the same prompts, so a prompt's accuracy is the mean over those that give it a pair
-    accuracy = {cell: _mean_where_known(found["pair_accuracy"]) for cell, found in held_out.items()}
+    accuracy = {cell: mean_where_known(found["pair_accuracy"]) for cell, found in held_out.items()}
     counts = ~np.isnan(next(iter(accuracy.values())))
     num_pairs: dict[tuple[str, int], int] = {}
     for (rung, labelled, seed), spec in specs.items():
@@ -321,18 +321,18 @@ def _reward_model_accuracy(
         pairs = num_pairs.setdefault((rung, labelled), int(held_out[rung, labelled, seed]["num_pairs"]))
         about = {"num_pairs": pairs, "labelled_prompts": labelled, "seed": seed, "num_prompts": len(values)}
         rows.add(spec, {"pairwise_accuracy": values.mean()}, rung=rung, **about)
-        per_prompt = _per_prompt(spec, seed, "pairwise_accuracy", values)
+        per_prompt = per_prompt_table(spec, seed, "pairwise_accuracy", values)
         prompts.append(per_prompt.assign(prompt_id=np.flatnonzero(counts)))
     intervals = {}
     for (rung, labelled), pairs in num_pairs.items():
         values = np.array([accuracy[rung, labelled, seed][counts] for seed in P.seeds])
-        interval = intervals[rung, labelled] = nested_bootstrap(values, np.mean, rng=_rng(), on="means")
+        interval = intervals[rung, labelled] = nested_bootstrap(values, np.mean, rng=new_rng(), on="means")
         about = {"rung": rung, "num_params": ladder.rung(rung).num_params, "num_pairs": pairs}
         summary.append(summary_row("pairwise_accuracy", interval, **about))
     return intervals
 
 
-def _mean_where_known(values: np.ndarray) -> np.ndarray:
+def mean_where_known(values: np.ndarray) -> np.ndarray:
     """Mean over the first axis of [label rung, prompt], leaving NaN out; NaN where no entry is known."""
     known = ~np.isnan(values)
     count = known.sum(0)
@@ -344,10 +344,10 @@ def _best_of_eight(P: TestBed, folders: Folders) -> Interval:
     values = []
     for seed in P.seeds:
         samples, scores = P.best_of_eight(seed)
-        exact, proxy = _responses(folders, samples).exact, _scores(folders, scores)
+        exact, proxy = read_responses(folders, samples).exact, read_scores(folders, scores)
         best, mean = bon.best_of_n(exact, proxy, [8])[:, 0], exact.mean(1)
         values.append(best - mean)
-    return nested_bootstrap(np.array(values), np.mean, rng=_rng(), on="means")
+    return nested_bootstrap(np.array(values), np.mean, rng=new_rng(), on="means")
 
 
 def _conditions(
@@ -417,15 +417,15 @@ def walkthrough(P: Walkthrough, folders: Folders, metrics: pd.DataFrame, after: 
     about = {"figure": P.figure, "command": command(P), "rung": P.rung, "num_params": ladder.rung(P.rung).num_params}
     runs = [metrics.melt("update", var_name="metric").assign(node=live, num_prompts=P.prompts_per_update)]
     summary, prompts, exact = [], [], {}
-    for stage, node, responses in (("sft", P.before.key, _responses(folders, P.before)), ("ppo", live, after)):
+    for stage, node, responses in (("sft", P.before.key, read_responses(folders, P.before)), ("ppo", live, after)):
         exact[stage] = responses.exact.mean(1)
         row = {"metric": "sampled_exact", "value": exact[stage].mean(), "node": node, "stage": stage}
         runs.append(pd.DataFrame([row | {"num_prompts": responses.num_prompts}]))
         per_prompt = {"node": node, "seed": P.seed, "metric": "sampled_exact", "value": exact[stage], "stage": stage}
         prompts.append(pd.DataFrame(per_prompt).rename_axis("prompt_id").reset_index())
-        interval = bootstrap(exact[stage], np.mean, unit="prompt", rng=_rng(), on="means")
+        interval = bootstrap(exact[stage], np.mean, unit="prompt", rng=new_rng(), on="means")
         summary.append(summary_row("sampled_exact", interval, stage=stage))
-    gain = bootstrap(exact["ppo"] - exact["sft"], np.mean, unit="prompt", rng=_rng(), on="means")
+    gain = bootstrap(exact["ppo"] - exact["sft"], np.mean, unit="prompt", rng=new_rng(), on="means")
     summary.append(summary_row("gain", gain))
     table = pd.concat(runs, ignore_index=True).assign(seed=P.seed, **about)
     return Tables(table, pd.DataFrame(summary), pd.concat(prompts))
@@ -445,10 +445,12 @@ def benchmarks(P: Benchmarks, folders: Folders) -> Tables:
         gamed = planted.gamed(rng, num_instructions=P.num_instructions)
         shown = {"model": model, "planted": win_rate}
         intervals = {
-            "win_rate": alpaca_eval.win_rate_interval(drawn, rng=_rng()),
-            "length_controlled": alpaca_eval.lc_interval(drawn, gamed, C=planted.C, rng=_rng(), num_draws=P.num_refits),
+            "win_rate": alpaca_eval.win_rate_interval(drawn, rng=new_rng()),
+            "length_controlled": alpaca_eval.lc_interval(
+                drawn, gamed, C=planted.C, rng=new_rng(), num_draws=P.num_refits
+            ),
             "extra_chars": bootstrap(
-                drawn.len_model - drawn.len_baseline, np.mean, unit="prompt", rng=_rng(), on="means"
+                drawn.len_model - drawn.len_baseline, np.mean, unit="prompt", rng=new_rng(), on="means"
             ),
         }
         summary += [summary_row(name, interval, **shown) for name, interval in intervals.items()]
@@ -493,16 +495,16 @@ def _mt_bench(P: Benchmarks, folders: Folders) -> pd.DataFrame:
     folder = folders[P.specs()[0]]
     about = {"judge": P.judge, "constrained": P.constrained}
     pairs = pd.read_csv(folder / "pairs.csv").replace({"winner": {np.nan: None}})
-    tables = [evals.mt_pair_summary(pairs, _rng(), stage="after against before", **about)]
+    tables = [evals.mt_pair_summary(pairs, new_rng(), stage="after against before", **about)]
     if (folder / "scores.csv").is_file():
         for stage, rows in pd.read_csv(folder / "scores.csv").groupby("stage"):
-            tables.append(evals.mt_summary(rows, _rng(), stage=stage, **about))
+            tables.append(evals.mt_summary(rows, new_rng(), stage=stage, **about))
     return pd.concat(tables, ignore_index=True).assign(params_hash=P.hash)
 
 
 def _kept_mt_bench(P: Benchmarks) -> pd.DataFrame | None:
     """MT-Bench's estimates of an earlier run with the same parameters, from the results folder."""
-    path = ResultsFolder(P.figure, tier=_tier(P)).path / "mt_bench.csv"
+    path = ResultsFolder(P.figure, tier=tier(P)).path / "mt_bench.csv"
     if not path.is_file():
         return None
     table = pd.read_csv(path)
@@ -517,7 +519,7 @@ def mt_bench_note(P: Benchmarks, tables: Tables) -> str:
     return f"MT-Bench was not run here ({'; '.join(P.missing)}); {found}."
 
 
-class _Runs:
+class Runs:
     """Collects the rows of runs.csv."""
 
     def __init__(self, P: StudyFigure):
@@ -532,19 +534,19 @@ class _Runs:
         return pd.DataFrame(self._rows)
 
 
-def _per_prompt(spec: Spec, seed: int, metric: str, values: np.ndarray) -> pd.DataFrame:
+def per_prompt_table(spec: Spec, seed: int, metric: str, values: np.ndarray) -> pd.DataFrame:
     columns = {"node": spec.key, "seed": seed, "prompt_id": np.arange(len(values)), "metric": metric, "value": values}
     return pd.DataFrame(columns)
 
 
-def _by_rung(quantity: str, rungs: Sequence[str], interval: Interval, **about: Any) -> list[dict[str, Any]]:
+def rung_rows(quantity: str, rungs: Sequence[str], interval: Interval, **about: Any) -> list[dict[str, Any]]:
     return [
         summary_row(quantity, part, rung=rung, num_params=ladder.rung(rung).num_params, **about)
         for rung, part in zip(rungs, interval.split(), strict=True)
     ]
 
 
-def _band_rows(quantity: str, x: str, fit: Any, like: Interval) -> list[dict[str, Any]]:
+def band_rows(quantity: str, x: str, fit: Any, like: Interval) -> list[dict[str, Any]]:
     """The fitted curve with its band, on the fit's grid."""
     rows = []
     for place, estimate, low, high in zip(*(fit.band[name] for name in ("x", "estimate", "low", "high")), strict=True):
@@ -552,20 +554,20 @@ def _band_rows(quantity: str, x: str, fit: Any, like: Interval) -> list[dict[str
     return rows
 
 
-def _means(values: np.ndarray) -> Interval:
+def mean_intervals(values: np.ndarray) -> Interval:
     """The mean of each entry of the first axis, with intervals; values are [entry, seed, prompt]."""
-    return nested_bootstrap(values, lambda means: means, rng=_rng(), on="means")
+    return nested_bootstrap(values, lambda means: means, rng=new_rng(), on="means")
 
 
-def _rng() -> np.random.Generator:
+def new_rng() -> np.random.Generator:
     return np.random.default_rng(BOOTSTRAP_SEED)
 
 
-def _responses(folders: Folders, spec: Spec) -> Responses:
+def read_responses(folders: Folders, spec: Spec) -> Responses:
     return Responses.load(folders[spec] / "responses.safetensors")
 
 
-def _scores(folders: Folders, spec: Spec) -> np.ndarray:
+def read_scores(folders: Folders, spec: Spec) -> np.ndarray:
     return load_file(folders[spec] / "scores.safetensors")["scores"]
 
 

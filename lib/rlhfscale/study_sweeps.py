@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,22 +14,22 @@ from rlhfscale.evals import best_of_n as bon
 from rlhfscale.results import summary_row
 from rlhfscale.spec import Spec
 from rlhfscale.specs import Policy, RewardModel, Samples
-from rlhfscale.stats.bootstrap import nested_bootstrap
+from rlhfscale.stats.bootstrap import bootstrap, nested_bootstrap
 from rlhfscale.stats.claims import CLAIMS, EQUIVALENCE_MARGIN, ClaimResult, judge
 from rlhfscale.stats.fits import fit_slope, fit_with_intervals, slope_per_doubling
 from rlhfscale.study import (
     Folders,
+    Runs,
     Tables,
-    _band_rows,
-    _mean_where_known,
-    _means,
-    _per_prompt,
-    _responses,
-    _rng,
-    _Runs,
-    _scores,
+    band_rows,
+    mean_intervals,
+    mean_where_known,
+    new_rng,
+    per_prompt_table,
+    read_responses,
+    read_scores,
 )
-from rlhfscale.sweeps import Algorithms, ResponsesPerPrompt, RewardModelSize, _OnePolicy
+from rlhfscale.sweeps import Algorithms, LearningRates, OnePolicy, ResponsesPerPrompt, RewardModelSize
 
 LAST_UPDATES = 5
 """Updates at the end of training over which KL and proxy are averaged."""
@@ -36,18 +37,18 @@ LAST_UPDATES = 5
 
 def reward_model_size(P: RewardModelSize, folders: Folders) -> Tables:
     """C2: pair accuracy, best-of-N gain and PPO gain by reward-model rung, and their slopes per doubling."""
-    found = _Sweep(P, folders)
+    found = Collector(P, folders)
     rungs, sizes = P.reward_model_rungs, [ladder.rung(rung).num_params for rung in P.reward_model_rungs]
     about = {rung: {"reward_model": rung, "reward_model_params": size} for rung, size in zip(rungs, sizes, strict=True)}
-    drawn, before = _responses(folders, P.samples), found.before()
+    drawn, before = read_responses(folders, P.samples), found.before()
     single = drawn.exact.mean(1)
     pairs, best, after = [], [], []
     for rung in rungs:
-        accuracy = {seed: _pair_accuracy(folders, P.reward_model(rung, seed)) for seed in P.seeds}
+        accuracy = {seed: pair_accuracy(folders, P.reward_model(rung, seed)) for seed in P.seeds}
         for seed, values in accuracy.items():
             found.add(P.reward_model(rung, seed), seed, "pair_accuracy", values, rung=rung, **about[rung])
         pairs.append([*accuracy.values()])
-        gain = [bon.best_of_n(drawn.exact, _scores(folders, P.scores(rung, seed)), [P.best_of])[:, 0] - single
+        gain = [bon.best_of_n(drawn.exact, read_scores(folders, P.scores(rung, seed)), [P.best_of])[:, 0] - single
                 for seed in P.seeds]  # fmt: skip
         for seed, values in zip(P.seeds, gain, strict=True):
             found.add(P.scores(rung, seed), seed, "best_of_n_gain", values, num_responses=P.best_of, **about[rung])
@@ -60,16 +61,17 @@ def reward_model_size(P: RewardModelSize, folders: Folders) -> Tables:
     }
     slopes = {}
     for name, array in values.items():
-        for rung, interval in zip(rungs, _means(array).split(), strict=True):
+        for rung, interval in zip(rungs, mean_intervals(array).split(), strict=True):
             found.summary.append(summary_row(name, interval, **about[rung]))
-        slopes[name] = nested_bootstrap(array, lambda means: slope_per_doubling(sizes, means), rng=_rng(), on="means")
+        slope = partial(slope_per_doubling, sizes)
+        slopes[name] = nested_bootstrap(array, slope, rng=new_rng(), on="means")
         found.summary.append(summary_row(f"{name}_slope", slopes[name]))
-        fit = fit_with_intervals(fit_slope, np.array(sizes), array, rng=_rng())
-        found.summary += _band_rows(f"{name}_fit", "reward_model_params", fit, slopes[name])
+        fit = fit_with_intervals(fit_slope, np.array(sizes), array, rng=new_rng())
+        found.summary += band_rows(f"{name}_fit", "reward_model_params", fit, slopes[name])
     difference = nested_bootstrap(
         values["best_of_n_gain"] - values["ppo_gain"],
         lambda means: slope_per_doubling(sizes, means),
-        rng=_rng(),
+        rng=new_rng(),
         on="means",
     )
     intervals = dict(zip(CLAIMS["C2"].rule.intervals, (slopes["ppo_gain"], difference), strict=True))
@@ -78,16 +80,21 @@ def reward_model_size(P: RewardModelSize, folders: Folders) -> Tables:
     return found.tables(result)
 
 
-def _pair_accuracy(folders: Folders, spec: RewardModel) -> np.ndarray:
+def pair_accuracy(folders: Folders, spec: RewardModel) -> np.ndarray:
     """Accuracy within each held-out prompt that has a pair of unequal gold, float64 [prompt]; these are the same for
     every reward model of a recipe, as they depend on the responses alone."""
-    accuracy = _mean_where_known(load_file(folders[spec] / "held_out.safetensors")["pair_accuracy"])
+    accuracy = mean_where_known(load_file(folders[spec] / "held_out.safetensors")["pair_accuracy"])
     return accuracy[~np.isnan(accuracy)]
+
+
+def last_updates(folders: Folders, policy: Policy) -> pd.Series:
+    """Means of a policy's metrics over its last updates."""
+    return pd.read_csv(folders[policy] / "metrics.csv").tail(LAST_UPDATES).mean()
 
 
 def responses_per_prompt(P: ResponsesPerPrompt, folders: Folders) -> Tables:
     """C5: accuracy by ladder and responses per prompt, the gain of each doubling, and the claim's two statistics."""
-    found = _Sweep(P, folders)
+    found = Collector(P, folders)
     before = found.before()
     for name, sizes in P.ladders().items():
         accuracy = []
@@ -99,7 +106,7 @@ def responses_per_prompt(P: ResponsesPerPrompt, folders: Folders) -> Tables:
         found.by_size("gain", accuracy - before, sizes, ladder=name)
         found.by_size("doubling_gain", np.diff(accuracy, axis=0), sizes[1:], ladder=name)
         if name == "ppo, equal prompts":
-            parts = nested_bootstrap(accuracy, first_and_last_doubling, rng=_rng(), on="means").split()
+            parts = nested_bootstrap(accuracy, first_and_last_doubling, rng=new_rng(), on="means").split()
             result = judge("C5", dict(zip(CLAIMS["C5"].rule.intervals, parts, strict=True)))
             for quantity, part in zip(("first_doublings", "last_minus_half_of_first"), parts, strict=True):
                 row = summary_row(quantity, part, ladder=name, responses_per_prompt=max(sizes))
@@ -118,7 +125,7 @@ def first_and_last_doubling(means: np.ndarray) -> np.ndarray:
 
 def algorithms(P: Algorithms, folders: Folders) -> Tables:
     """C9: accuracy by algorithm and responses per prompt at equal roll-outs, and each algorithm's distance from PPO."""
-    found = _Sweep(P, folders)
+    found = Collector(P, folders)
     before, accuracy = found.before(), {}
     for name in P.algorithms:
         cells = []
@@ -131,11 +138,11 @@ def algorithms(P: Algorithms, folders: Folders) -> Tables:
     for name in (name for name in P.algorithms if name != "ppo"):
         difference = accuracy[name] - accuracy["ppo"]
         found.by_size("minus_ppo", difference, P.responses, algorithm=name)
-        whole = nested_bootstrap(difference.mean(0), np.mean, rng=_rng(), on="means")
+        whole = nested_bootstrap(difference.mean(0), np.mean, rng=new_rng(), on="means")
         row = summary_row("minus_ppo_in_all", whole, algorithm=name)
         row |= {"margin": EQUIVALENCE_MARGIN, "equivalent": bool(max(-whole.low, whole.high) < EQUIVALENCE_MARGIN)}
         if name == "grpo":
-            gain = nested_bootstrap((accuracy["ppo"] - before).mean(0), np.mean, rng=_rng(), on="means")
+            gain = nested_bootstrap((accuracy["ppo"] - before).mean(0), np.mean, rng=new_rng(), on="means")
             found.summary.append(summary_row("gain_in_all", gain, algorithm="ppo"))
             result = judge("C9", dict(zip(CLAIMS["C9"].rule.intervals, (whole, gain), strict=True)))
             row |= {"verdict": result.verdict}
@@ -153,7 +160,7 @@ def learning_curves(P: Algorithms, folders: Folders) -> pd.DataFrame:
     )
 
 
-def cost(P: _OnePolicy, folders: Folders) -> pd.DataFrame:
+def cost(P: OnePolicy, folders: Folders) -> pd.DataFrame:
     """Roll-outs and seconds that each policy's training took, on the machine and in the company it was run in."""
     rows = []
     for policy in P.policies():
@@ -177,40 +184,74 @@ def _about(policy: Policy) -> dict[str, Any]:
     }
 
 
-class _Sweep:
+def learning_rates(P: LearningRates, folders: Folders) -> Tables:
+    """Accuracy by algorithm, rung and rate, and its distance from that at the recipe's rate.
+
+    Two seeds make no interval over seeds: intervals are over prompts, for these very policies.
+    """
+    rows, summary, prompts = Runs(P), [], []
+    for algorithm, rung in P.cells():
+        exact = {}
+        for rate in P.rates:
+            about = {"algorithm": algorithm, "policy_lr": rate}
+            by_seed = []
+            for seed in P.seeds:
+                spec = P.evaluation(P.policy(algorithm, rung, rate, seed))
+                by_seed.append(read_responses(folders, spec).exact.mean(1))
+                values = by_seed[-1]
+                rows.add(spec, {"sampled_exact": values.mean()}, rung=rung, seed=seed, num_prompts=len(values), **about)
+                prompts.append(per_prompt_table(spec, seed, "sampled_exact", values).assign(rung=rung, **about))
+            exact[rate] = np.mean(by_seed, axis=0)
+        for rate, values in exact.items():
+            about = {
+                "algorithm": algorithm,
+                "rung": rung,
+                "num_params": ladder.rung(rung).num_params,
+                "policy_lr": rate,
+            }
+            for name, found in (("sampled_exact", values), ("minus_recipe", values - exact[P.recipe_rate(algorithm)])):
+                interval = bootstrap(found, np.mean, unit="prompt", rng=new_rng(), on="means")
+                summary.append(summary_row(name, interval, **about))
+    return Tables(rows.table(), pd.DataFrame(summary), pd.concat(prompts, ignore_index=True))
+
+
+class Collector:
     """Collects the tables of a figure whose policies are all of one rung."""
 
-    def __init__(self, P: _OnePolicy, folders: Folders):
+    def __init__(self, P: OnePolicy, folders: Folders):
         self.P, self.folders = P, folders
-        self.rows, self.summary, self.prompts = _Runs(P), [], []
+        self.rows, self.summary, self.prompts = Runs(P), [], []
 
     def before(self) -> np.ndarray:
         """Sampled accuracy of the SFT model, float64 [seed, prompt]; adds its rows."""
-        values = [self._sampled(self.P.before(seed), seed, stage="sft") for seed in self.P.seeds]
-        self.summary.append(summary_row("sampled_exact", _means(np.array(values)[None]).split()[0], stage="sft"))
+        values = [self.sampled(self.P.before(seed), seed, stage="sft") for seed in self.P.seeds]
+        mean = mean_intervals(np.array(values)[None]).split()[0]
+        self.summary.append(summary_row("sampled_exact", mean, stage="sft"))
         return np.array(values)
 
     def after(self, policies: Iterable[Policy], **about: Any) -> np.ndarray:
         """Sampled accuracy of a cell's policies, one for each seed, float64 [seed, prompt]; adds their rows."""
         values = []
         for policy in policies:
-            values.append(self._sampled(self.P.evaluation(policy), policy.seed, stage=policy.algorithm, **about))
-            last = pd.read_csv(self.folders[policy] / "metrics.csv").tail(LAST_UPDATES).mean()
+            values.append(self.sampled(self.P.evaluation(policy), policy.seed, stage=policy.algorithm, **about))
+            last = last_updates(self.folders, policy)
             training = {"kl_nats": last["kl_nats"], "proxy": last["proxy"]}
             counted = {"seed": policy.seed, "num_prompts": policy.prompts_per_update}
             self.rows.add(policy, training, rung=self.P.policy_rung, stage=policy.algorithm, **about, **counted)
         return np.array(values)
 
-    def _sampled(self, spec: Samples, seed: int, **about: Any) -> np.ndarray:
-        responses = _responses(self.folders, spec)
+    def sampled(self, spec: Samples, seed: int, *, rung: str | None = None, **about: Any) -> np.ndarray:
+        """Sampled accuracy of a model, float64 [prompt]; adds its rows."""
+        rung = rung or self.P.policy_rung
+        responses = read_responses(self.folders, spec)
         values = responses.exact.mean(1)
-        self.add(spec, seed, "sampled_exact", values, **about)
+        self.add(spec, seed, "sampled_exact", values, rung=rung, **about)
         others = {
             "sampled_gold": responses.gold.mean(),
             "finished": responses.finished.mean(),
             "response_tokens": responses.response_lengths.mean(),
         }
-        self.rows.add(spec, others, rung=self.P.policy_rung, seed=seed, num_prompts=len(values), **about)
+        self.rows.add(spec, others, rung=rung, seed=seed, num_prompts=len(values), **about)
         return values
 
     def add(
@@ -219,12 +260,17 @@ class _Sweep:
         """A run's mean and its values by prompt."""
         rung = rung or self.P.policy_rung
         self.rows.add(spec, {metric: values.mean()}, rung=rung, seed=seed, num_prompts=len(values), **about)
-        self.prompts.append(_per_prompt(spec, seed, metric, values).assign(**about))
+        self.prompts.append(per_prompt_table(spec, seed, metric, values).assign(**about))
 
     def by_size(self, quantity: str, values: np.ndarray, sizes: Sequence[int], **about: Any) -> None:
         """A summary row for each number of responses; values are float64 [size, seed, prompt]."""
-        for size, interval in zip(sizes, _means(values).split(), strict=True):
+        for size, interval in zip(sizes, mean_intervals(values).split(), strict=True):
             self.summary.append(summary_row(quantity, interval, responses_per_prompt=size, **about))
+
+    def seeds_alone(self, quantity: str, values: Sequence[float], **about: Any) -> None:
+        """A summary row of a number that has no values by prompt, float64 [seed]."""
+        interval = bootstrap(np.asarray(values), np.mean, unit="seed", rng=new_rng(), on="means")
+        self.summary.append(summary_row(quantity, interval, **about))
 
     def tables(self, result: ClaimResult, extra: dict[str, pd.DataFrame] | None = None) -> Tables:
         prompts = pd.concat(self.prompts, ignore_index=True)

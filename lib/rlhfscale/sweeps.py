@@ -6,7 +6,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import model_validator
 
 from rlhfscale import specs
-from rlhfscale.figures import StudyFigure, _check_rungs
+from rlhfscale.figures import StudyFigure, check_rungs
 from rlhfscale.params import field
 from rlhfscale.recipe import Algorithm
 from rlhfscale.spec import Spec
@@ -14,14 +14,14 @@ from rlhfscale.spec import Spec
 Ladder = Literal["ppo, equal prompts", "ppo, equal roll-outs", "grpo, equal prompts"]
 
 
-class _OnePolicy(StudyFigure):
+class OnePolicy(StudyFigure):
     """One SFT rung that is trained in several ways."""
 
     policy_rung: str = field(role="fixed", doc="rung of the policies")
 
     @model_validator(mode="after")
     def _check_policy_rung(self) -> Self:
-        _check_rungs("policy_rung", (self.policy_rung,))
+        check_rungs("policy_rung", (self.policy_rung,))
         return self
 
     def before(self, seed: int) -> specs.Samples:
@@ -48,7 +48,7 @@ class _OnePolicy(StudyFigure):
             raise ValueError(f"{name}: {prompts} prompts x {responses} do not split into {steps} minibatches")
 
 
-class RewardModelSize(_OnePolicy):
+class RewardModelSize(OnePolicy):
     """C2: what a larger reward model gives to its own accuracy, to best-of-N and to PPO of one policy."""
 
     figure: ClassVar[str] = "02_reward_model_size"
@@ -61,7 +61,7 @@ class RewardModelSize(_OnePolicy):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        _check_rungs("reward_model_rungs", self.reward_model_rungs)
+        check_rungs("reward_model_rungs", self.reward_model_rungs)
         if self.best_of > self.num_samples:
             raise ValueError(f"best_of: {self.best_of} must be at most num_samples = {self.num_samples}")
         return self
@@ -90,7 +90,7 @@ class RewardModelSize(_OnePolicy):
         return (*super().specs(), *models, self.samples, *(self.scores(*cell) for cell in cells))
 
 
-class ResponsesPerPrompt(_OnePolicy):
+class ResponsesPerPrompt(OnePolicy):
     """C5: accuracy after PPO by responses per prompt, at equal prompts and at equal roll-outs; the same for GRPO."""
 
     figure: ClassVar[str] = "05_responses_per_prompt"
@@ -112,7 +112,7 @@ class ResponsesPerPrompt(_OnePolicy):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        _check_rungs("reward_model_rung", (self.reward_model_rung,))
+        check_rungs("reward_model_rung", (self.reward_model_rung,))
         for name, first in (("responses", 1), ("grpo_responses", 2), ("rollout_responses", 1)):
             sizes = getattr(self, name)
             if list(sizes) != [first * 2**power for power in range(len(sizes))]:
@@ -144,7 +144,7 @@ class ResponsesPerPrompt(_OnePolicy):
         return tuple(dict.fromkeys(self.policy(*cell, seed) for cell in cells for seed in self.seeds))
 
 
-class Algorithms(_OnePolicy):
+class Algorithms(OnePolicy):
     """C9: PPO, GRPO and RLOO at equal roll-outs, by responses per prompt."""
 
     figure: ClassVar[str] = "09_algorithms"
@@ -160,7 +160,7 @@ class Algorithms(_OnePolicy):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        _check_rungs("reward_model_rung", (self.reward_model_rung,))
+        check_rungs("reward_model_rung", (self.reward_model_rung,))
         if len(set(self.algorithms)) < len(self.algorithms) or not {"ppo", "grpo"} <= {*self.algorithms}:
             raise ValueError(f"algorithms: {list(self.algorithms)} must hold ppo and grpo, and none twice")
         if len(set(self.responses)) < len(self.responses) or min(self.responses) < 2:
@@ -177,3 +177,53 @@ class Algorithms(_OnePolicy):
 
     def policies(self) -> tuple[specs.Policy, ...]:
         return tuple(self.policy(*cell) for cell in product(self.algorithms, self.responses, self.seeds))
+
+
+class LearningRates(StudyFigure):
+    """Policies by learning rate, on seeds and prompts that no other figure uses: what the recipe's rates rest on."""
+
+    figure: ClassVar[str] = "00_learning_rates"
+    title: ClassVar[str] = "Learning rates by rung and by algorithm, chosen on seeds of their own"
+
+    policy_rungs: tuple[str, ...] = field(role="nuisance", min_length=1, doc="rungs that PPO trains at every rate")
+    reward_model_rung: str = field(role="fixed", doc="rung of the reward models")
+    rates: tuple[float, ...] = field(role="nuisance", min_length=2, doc="learning rates of the policy")
+    siblings: tuple[Algorithm, ...] = field(role="nuisance", doc="algorithms beside PPO")
+    siblings_rung: str = field(role="fixed", doc="the rung that they train")
+    siblings_responses: int = field(role="fixed", ge=2, doc="their responses per prompt, at the recipe's roll-outs")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name in ("reward_model_rung", "siblings_rung"):
+            check_rungs(name, (getattr(self, name),))
+        check_rungs("policy_rungs", self.policy_rungs)
+        if list(self.rates) != sorted(set(self.rates)) or self.rates[0] <= 0:
+            raise ValueError(f"rates: {list(self.rates)} must rise, from above 0")
+        for algorithm in ("ppo", *self.siblings):
+            if self.recipe_rate(algorithm) not in self.rates:
+                raise ValueError(f"rates: {list(self.rates)} lack the recipe's {self.recipe_rate(algorithm)}")
+        return self
+
+    def recipe_rate(self, algorithm: Algorithm) -> float:
+        return getattr(self.settings, f"{algorithm}_policy_lr")
+
+    def cells(self) -> list[tuple[Algorithm, str]]:
+        """Algorithm and rung of each sweep."""
+        return [*(("ppo", rung) for rung in self.policy_rungs), *((name, self.siblings_rung) for name in self.siblings)]
+
+    def policy(self, algorithm: Algorithm, rung: str, rate: float, seed: int) -> specs.Policy:
+        about = {}
+        if algorithm != "ppo":
+            rollouts = self.settings.ppo_prompts * self.settings.ppo_responses
+            about = {"prompts": rollouts // self.siblings_responses, "responses": self.siblings_responses}
+        policy = self.settings.policy(rung, self.reward_model_rung, seed, algorithm=algorithm, **about)
+        return policy.changed(policy_lr=rate)
+
+    def evaluation(self, policy: specs.Policy) -> specs.Samples:
+        """Responses to the prompts on which the recipe was chosen, which no verdict is measured on."""
+        return self.settings.evaluation(policy, policy.seed).changed(prompt_seed=0)
+
+    def specs(self) -> tuple[Spec, ...]:
+        cells = product(self.cells(), self.rates, self.seeds)
+        policies = [self.policy(*cell, rate, seed) for cell, rate, seed in cells]
+        return (*policies, *map(self.evaluation, policies))

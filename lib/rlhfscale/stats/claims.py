@@ -151,6 +151,28 @@ CLAIMS: dict[str, Claim] = {
             rule=Rule((Part("PPO slope", "above"), Part("best-of-N slope minus PPO slope", "above"))),
         ),
         Claim(
+            id="C3",
+            statement="More training data help policies fast at first, then they plateau",
+            paper="",
+            statistic=(
+                "gain in sampled exact accuracy from PPO on training prompts that are seen once each: what the first "
+                "quarter of the data brings, and what the other three quarters bring minus half of that (a plateau: "
+                "three times the data again bring less than half)"
+            ),
+            rule=Rule((Part("first quarter", "above"), Part("rest minus half of the first quarter", "below"))),
+        ),
+        Claim(
+            id="C4",
+            statement="For reward-model data, more prompts beat more responses per prompt at equal labels",
+            paper="",
+            statistic=(
+                "accuracy within held-out prompts that a reward model gains from a doubling of its prompts minus what "
+                "it gains from a doubling of the responses to each, by a plane fitted over the logs of both; along a "
+                "diagonal of equal labels this is the gain of trading one doubling for the other"
+            ),
+            rule=Rule((Part("prompts minus responses", "above"),)),
+        ),
+        Claim(
             id="C5",
             statement="More responses per prompt in policy training help at first and plateau quickly",
             paper="",
@@ -173,6 +195,17 @@ CLAIMS: dict[str, Claim] = {
             rule=Rule((Part("early minus late gain", "above"),)),
         ),
         Claim(
+            id="C8",
+            statement="Process supervision beats outcome supervision on its own task and generalises worse to others",
+            paper="",
+            statistic=(
+                "gain in exact accuracy of best-of-N (N = 8 at the laptop tier) by a process reward model minus that "
+                "by an outcome reward model trained on the same responses, mean over rungs: on prompts of the "
+                "family that both were trained on, and on prompts of another family"
+            ),
+            rule=Rule((Part("own task", "above"), Part("other task", "below"))),
+        ),
+        Claim(
             id="C9",
             statement="The RL algorithm (PPO or GRPO) matters little",
             paper="",
@@ -188,6 +221,17 @@ CLAIMS: dict[str, Claim] = {
                     Part("PPO gain", "above", EQUIVALENCE_MARGIN, premise=True),
                 )
             ),
+        ),
+        Claim(
+            id="C10",
+            statement="RLHF returns less for each doubling of compute than pretraining",
+            paper="",
+            statistic=(
+                "sampled exact accuracy gained for each doubling of compute, by a line over the log of FLOPs, one "
+                "policy rung: of pretraining on more documents minus that of RLHF, whose labels, reward model, "
+                "roll-outs and updates grow together and all count"
+            ),
+            rule=Rule((Part("pretraining minus RLHF", "above"), Part("pretraining", "above", premise=True))),
         ),
     )
 }
@@ -252,6 +296,33 @@ def write_ledger(tier_root: str | os.PathLike) -> pd.DataFrame:
     replace_file(tier_root / "claims.csv", csv.encode())
     replace_file(tier_root / "claims.md", _markdown(table, tier_root.name).encode())
     return table
+
+
+def ledger(tier_root: str | os.PathLike) -> pd.DataFrame:
+    """Every test of every claim's rule, as ``*/claims.json`` of a tier have it.
+
+    Returns:
+        a row for each part of each rule: ``claim``, ``statement``, ``verdict``, ``figure``, ``interval`` (its name),
+        ``estimate``, ``ci_low``, ``ci_high``, ``num_seeds``, ``num_prompts``, ``side``, ``threshold``, ``premise``,
+        ``seeds_to_settle`` (None where more seeds would not do, or nothing is open), ``paper``.
+    """
+    rows = []
+    for path in sorted(Path(tier_root).glob("*/claims.json")):
+        for result in map(ClaimResult.from_json, json.loads(path.read_text())):
+            claim = CLAIMS[result.claim_id]
+            about = {"claim": claim.id, "statement": claim.statement, "verdict": result.verdict}
+            for part in claim.rule.parts:
+                interval = result.intervals[part.interval]
+                is_open = part.verdict(interval) == "inconclusive" and result.verdict == "inconclusive"
+                rows.append(
+                    about
+                    | {"figure": path.parent.name, "interval": part.interval, "estimate": interval.estimate}
+                    | {"ci_low": interval.low, "ci_high": interval.high, "num_seeds": interval.num_seeds}
+                    | {"num_prompts": interval.num_prompts, "side": part.side, "threshold": part.threshold}
+                    | {"premise": part.premise, "paper": claim.paper}
+                    | {"seeds_to_settle": seeds_to_settle(interval, part.threshold) if is_open else None}
+                )
+    return pd.DataFrame(sorted(rows, key=lambda row: (row["claim"][0], int(row["claim"][1:]))))
 
 
 _COLUMNS = [

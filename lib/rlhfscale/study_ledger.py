@@ -1,0 +1,87 @@
+"""The ledger of claims: one page from every figure's ``claims.json``."""
+
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from rlhfscale import paths, study
+from rlhfscale.figures import Ledger
+from rlhfscale.plots import CATEGORIES, new_figure, styled
+from rlhfscale.results import ResultsFolder
+from rlhfscale.stats import claims
+
+COLORS = {"reproduced": CATEGORIES[2], "contradicted": CATEGORIES[3], "inconclusive": "0.45"}
+
+
+def read(P: Ledger) -> pd.DataFrame:
+    """The tier's ledger, see `claims.ledger`. Raises FileNotFoundError where no claim has been measured."""
+    root = paths.results_root() / P.recipe
+    table = claims.ledger(root)
+    if table.empty:
+        raise FileNotFoundError(f"results/{P.recipe} holds no claims.json; run: make figures TIER={P.recipe}")
+    return table
+
+
+def words(row: pd.Series) -> str:
+    """What the verdict rests on, and what would change it, in a sentence."""
+    side = {"below": "below", "above": "above"}[row.side]
+    test = (
+        f"{row.interval}: {row.estimate:+.4f} [{row.ci_low:+.4f}, {row.ci_high:+.4f}], claimed {side} {row.threshold:g}"
+    )
+    if row.verdict != "inconclusive":
+        return test
+    if pd.isna(row.seeds_to_settle):
+        return f"{test}; more seeds alone would not settle it" if row.ci_low <= row.threshold <= row.ci_high else test
+    return f"{test}; about {row.seeds_to_settle:.0f} seeds would settle it"
+
+
+@styled
+def figure(table: pd.DataFrame) -> Figure:
+    """A strip for each test: estimate, 95% interval, and the side of the threshold on which the claim places it.
+
+    Args:
+        table: see `claims.ledger`.
+    """
+    tests = [
+        (key, group) for key, group in table.groupby(["claim", "figure", "interval"], sort=False)
+    ]  # two parts on one interval, below and above, are one strip
+    counts = table.drop_duplicates(["claim", "figure"])["verdict"].value_counts()
+    caption = (
+        "Points and bars: estimates with 95% intervals. Dashed: the rule's threshold; shaded: where the claim places "
+        f"the statistic. {', '.join(f'{counts.get(name, 0)} {name}' for name in claims.VERDICTS)}."
+    )
+    columns = 2
+    rows = -(-len(tests) // columns)
+    picture, axes, _ = new_figure(rows, columns, 0.66 * rows + 0.2, caption)
+    axes = axes.reshape(rows, columns)
+    for axis, ((claim, _, name), parts) in zip(axes.T.flat, tests, strict=False):
+        row = parts.iloc[0]
+        color = COLORS[row.verdict]
+        reach = [row.ci_low, row.ci_high, row.estimate, *parts["threshold"]]
+        margin = 0.15 * max(max(reach) - min(reach), 1e-9)
+        axis.set_xlim(min(reach) - margin, max(reach) + margin)
+        low, high = axis.get_xlim()
+        for part in parts.itertuples():
+            axis.axvline(part.threshold, color="0.3", linestyle="--", linewidth=0.9)
+            low, high = (low, min(high, part.threshold)) if part.side == "below" else (max(low, part.threshold), high)
+        axis.axvspan(low, high, color=CATEGORIES[2], alpha=0.12, linewidth=0)
+        error = [[row.estimate - row.ci_low], [row.ci_high - row.estimate]]
+        axis.errorbar([row.estimate], [0], xerr=error, color=color, marker="o", capsize=2, elinewidth=1.4)
+        premise = " (premise)" if parts["premise"].all() else ""
+        axis.set_title(f"{claim} {row.verdict}: {name}{premise}", fontsize=7, color=color)
+        axis.set_yticks([])
+        axis.tick_params(axis="x", labelsize=6)
+        axis.spines["left"].set_visible(False)
+    for axis in list(axes.T.flat)[len(tests) :]:
+        axis.remove()
+    return picture
+
+
+def save(P: Ledger, table: pd.DataFrame, picture: Figure, wall_s: float) -> Path:
+    """Write ledger.csv, the figure and a manifest to results/<tier>/99_claims/."""
+    folder = ResultsFolder(P.figure, tier=study.tier(P))
+    folder.write_table("ledger.csv", table)
+    folder.write_figure(picture, "figure")
+    folder.write_manifest(P.resolved(), {}, command=study.command(P), seeds=(), wall_s=wall_s)
+    return folder.path

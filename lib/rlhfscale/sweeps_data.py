@@ -1,0 +1,115 @@
+"""Parameters of the figures on data, of the policy (C3) and of the reward model (C4), and their specs."""
+
+from itertools import product
+from typing import ClassVar, Self
+
+from pydantic import model_validator
+
+from rlhfscale import specs
+from rlhfscale.figures import StudyFigure, check_rungs
+from rlhfscale.params import field
+from rlhfscale.spec import Spec
+from rlhfscale.stats.fits import MIN_POINTS
+from rlhfscale.sweeps import OnePolicy
+
+
+class TrainingData(OnePolicy):
+    """C3: accuracy, gold and proxy by the number of training prompts, each of which is seen once."""
+
+    figure: ClassVar[str] = "03_training_data"
+    title: ClassVar[str] = "More training data help policies at first, then they plateau"
+    claims: ClassVar[tuple[str, ...]] = ("C3",)
+
+    reward_model_rung: str = field(role="fixed", doc="rung of the reward model")
+    updates: tuple[int, ...] = field(
+        role="scientific", min_length=MIN_POINTS, doc="updates of each run; every update takes fresh prompts"
+    )
+    weak_kl: float = field(role="fixed", ge=0, doc="KL coefficient of the runs that go on to over-optimisation")
+    weak_updates: int = field(role="fixed", ge=8, doc="updates of these runs")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        check_rungs("reward_model_rung", (self.reward_model_rung,))
+        if list(self.updates) != sorted(set(self.updates)) or self.updates[0] < 1:
+            raise ValueError(f"updates: {list(self.updates)} must rise, from at least 1")
+        if self.quarter not in self.updates or self.quarter * 4 != self.updates[-1]:
+            raise ValueError(f"updates: must hold a quarter of the largest, {self.updates[-1] / 4:g}, for the claim")
+        return self
+
+    @property
+    def quarter(self) -> int:
+        """A quarter of the most updates, where the claim's early part ends."""
+        return self.updates[-1] // 4
+
+    def training_prompts(self, updates: int) -> int:
+        return updates * self.settings.ppo_prompts
+
+    def policy(self, updates: int, seed: int) -> specs.Policy:
+        return self.settings.policy(self.policy_rung, self.reward_model_rung, seed).changed(num_updates=updates)
+
+    def weak(self, seed: int) -> specs.Policy:
+        """A policy that is hardly held to its reference."""
+        policy = self.settings.policy(self.policy_rung, self.reward_model_rung, seed)
+        return policy.changed(num_updates=self.weak_updates, kl_coefficient=self.weak_kl)
+
+    def policies(self) -> tuple[specs.Policy, ...]:
+        by_size = [self.policy(*cell) for cell in product(self.updates, self.seeds)]
+        return (*by_size, *map(self.weak, self.seeds))
+
+
+class PromptsOrResponses(StudyFigure):
+    """C4: reward models by prompts and responses to each, at equal numbers of labels."""
+
+    figure: ClassVar[str] = "04_prompt_vs_response_diversity"
+    title: ClassVar[str] = "More prompts beat more responses per prompt at equal labels"
+    claims: ClassVar[tuple[str, ...]] = ("C4",)
+
+    reward_model_rung: str = field(role="fixed", doc="rung of the reward models")
+    labels: tuple[int, ...] = field(role="scientific", min_length=2, doc="labelled responses in all, of each diagonal")
+    responses: tuple[int, ...] = field(role="scientific", min_length=2, doc="responses to each prompt")
+    batch_responses: int = field(role="fixed", ge=2, doc="responses in a batch, so that equal labels are equal steps")
+    policy_rung: str = field(role="fixed", doc="rung of the policy that best-of-N is drawn from")
+    best_of: int = field(role="fixed", ge=2, doc="N of best-of-N")
+    num_samples: int = field(role="fixed", ge=2, doc="responses to each held-out prompt that best-of-N draws from, M")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        check_rungs("reward_model_rung", (self.reward_model_rung,))
+        check_rungs("policy_rung", (self.policy_rung,))
+        for name in ("labels", "responses"):
+            values = getattr(self, name)
+            if list(values) != sorted(set(values)) or values[0] < 2:
+                raise ValueError(f"{name}: {list(values)} must rise, from at least 2")
+        for labels, size in product(self.labels, self.responses):
+            if labels % (size * len(self.settings.label_rungs)):
+                raise ValueError(f"labels: {labels} are no whole number of prompts with {size} responses of each rung")
+            if self.batch_responses % size:
+                raise ValueError(f"batch_responses: {size} does not divide {self.batch_responses}")
+        if self.best_of > self.num_samples:
+            raise ValueError(f"best_of: {self.best_of} must be at most num_samples = {self.num_samples}")
+        return self
+
+    def cells(self) -> list[tuple[int, int]]:
+        """Labels and responses per prompt of each cell of the grid."""
+        return list(product(self.labels, self.responses))
+
+    def reward_model(self, labels: int, responses: int, seed: int) -> specs.RewardModel:
+        """Cells of equal ``responses`` share their labelled samples: the smaller takes the first prompts."""
+        whole = self.settings.reward_model(self.reward_model_rung, seed)
+        share = self.labels[-1] // responses // len(whole.data)
+        return whole.changed(
+            data=tuple(part.changed(num_prompts=share, num_samples=responses) for part in whole.data),
+            num_prompts=labels // responses,
+            prompts_per_batch=self.batch_responses // responses,
+        )
+
+    @property
+    def samples(self) -> specs.Samples:
+        return self.settings.many_samples(self.policy_rung, self.settings.eval_prompts, self.num_samples)
+
+    def scores(self, labels: int, responses: int, seed: int) -> specs.Scores:
+        return specs.Scores(samples=self.samples, reward_model=self.reward_model(labels, responses, seed))
+
+    def specs(self) -> tuple[Spec, ...]:
+        cells = [(*cell, seed) for cell in self.cells() for seed in self.seeds]
+        return (self.samples, *(self.reward_model(*cell) for cell in cells), *(self.scores(*cell) for cell in cells))
