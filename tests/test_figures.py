@@ -16,6 +16,9 @@ from rlhfscale import (
     specs,
     study,
     sweeps,
+    sweeps_compute,
+    sweeps_data,
+    sweeps_process,
 )
 from rlhfscale.params import ParamsError
 from rlhfscale.paths import project_root
@@ -32,6 +35,14 @@ GOOD = {
     "test_bed": (figures.TestBed, params.read_yaml(ROOT / "params/smoke/00_test_bed.yaml")),
     "reward": (sweeps.RewardModelSize, params.read_yaml(ROOT / "params/smoke/02_reward_model_size.yaml")),
     "responses": (sweeps.ResponsesPerPrompt, params.read_yaml(ROOT / "params/smoke/05_responses_per_prompt.yaml")),
+    "data": (sweeps_data.TrainingData, params.read_yaml(ROOT / "params/smoke/03_training_data.yaml")),
+    "grid": (
+        sweeps_data.PromptsOrResponses,
+        params.read_yaml(ROOT / "params/smoke/04_prompt_vs_response_diversity.yaml"),
+    ),
+    "process": (sweeps_process.ProcessSupervision, params.read_yaml(ROOT / "params/smoke/08_process_supervision.yaml")),
+    "compute": (sweeps_compute.ComputeReturns, params.read_yaml(ROOT / "params/smoke/10_pretraining_vs_rlhf.yaml")),
+    "rates": (sweeps.LearningRates, params.read_yaml(ROOT / "params/smoke/00_learning_rates.yaml")),
     "algorithms": (sweeps.Algorithms, params.read_yaml(ROOT / "params/smoke/09_algorithms.yaml")),
 }
 
@@ -41,7 +52,7 @@ def test_parameters_are_valid_and_are_those_of_the_notebook(file):
     loaded = params.load(file)
     params.check_notebook_parameters(ROOT / "notebooks" / f"{file.stem}.ipynb", loaded)
     assert loaded.recipe == file.parent.name
-    assert loaded.specs() or getattr(loaded, "missing", ())
+    assert loaded.specs() or getattr(loaded, "missing", ()) or loaded.reads_results
 
 
 def test_the_notebooks_defaults_are_the_laptop_tier():
@@ -103,13 +114,19 @@ def test_a_sweep_of_responses_moves_nothing_else():
     assert found.policy("ppo, equal roll-outs", 1, 1).key == recipe.policy("55k", "150k", 1).key
 
 
-def test_figures_use_neither_the_seed_nor_the_prompts_the_recipe_was_chosen_on():
-    for file in FILES:
-        loaded = params.load(file)
-        assert 0 not in loaded.seeds
+def test_figures_use_neither_the_seed_nor_the_prompts_the_settings_were_chosen_on():
+    measured = [loaded for file in FILES if not (loaded := params.load(file)).reads_results]
+    chosen_on = [loaded for loaded in measured if isinstance(loaded, sweeps.LearningRates)]
+    for loaded in measured:
         evaluations = [spec for spec in loaded.specs() if isinstance(spec, specs.Samples | language.Answers)]
         assert evaluations or isinstance(loaded, figures.Benchmarks)
+        if loaded in chosen_on:
+            assert all(spec.prompt_seed == 0 for spec in evaluations)
+            continue
+        assert 0 not in loaded.seeds
         assert all(spec.prompt_seed != 0 for spec in evaluations)
+        assert not any({*loaded.seeds} & {*other.seeds} for other in chosen_on if other.recipe == loaded.recipe)
+    assert len(chosen_on) == len(TIERS)
 
 
 @pytest.mark.parametrize(
@@ -145,6 +162,24 @@ def test_figures_use_neither_the_seed_nor_the_prompts_the_recipe_was_chosen_on()
         ("responses", {"rollout_responses": [1, 2, 4], "rollouts": 66}, ["rollout_responses", "4", "66"]),
         ("responses", {"num_prompts": 15}, ["num_prompts", "15 prompts x 1", "2 minibatches"]),
         ("responses", {"reward_model_rung": "1k"}, ["reward_model_rung", "1k"]),
+        ("data", {"updates": [1, 2, 4, 6]}, ["updates", "1.5"]),
+        ("data", {"updates": [2, 1, 4, 8]}, ["updates", "rise"]),
+        ("data", {"updates": [1, 2, 8]}, ["updates", "at least 4"]),
+        ("data", {"weak_kl": -0.1}, ["weak_kl"]),
+        ("grid", {"labels": [321, 640]}, ["labels", "321", "2 responses"]),
+        ("grid", {"batch_responses": 66}, ["batch_responses", "4", "66"]),
+        ("grid", {"responses": [4, 2]}, ["responses", "rise"]),
+        ("grid", {"best_of": 16}, ["best_of", "num_samples = 8"]),
+        ("process", {"aggregate": "mean"}, ["aggregate", "'product'"]),
+        ("process", {"ppo_rung": "55k"}, ["ppo_rung", "55k"]),
+        ("process", {"labelled_prompts": 161}, ["labelled_prompts", "161"]),
+        ("process", {"best_of": 16}, ["best_of", "num_samples = 8"]),
+        ("compute", {"documents": [1, 2, 3, 4]}, ["documents", "64"]),
+        ("compute", {"updates": [4, 3, 2, 1]}, ["updates", "rise"]),
+        ("compute", {"ladder_rungs": ["14k", "25k", "55k", "8b"]}, ["ladder_rungs", "8b"]),
+        ("rates", {"rates": [0.0005, 0.002]}, ["rates", "0.001"]),
+        ("rates", {"rates": [0.002, 0.001]}, ["rates", "rise"]),
+        ("rates", {"siblings": ["dpo"]}, ["siblings", "dpo"]),
         ("algorithms", {"algorithms": ["ppo", "rloo"]}, ["algorithms", "grpo"]),
         ("algorithms", {"algorithms": ["ppo", "grpo", "grpo"]}, ["algorithms", "twice"]),
         ("algorithms", {"algorithms": ["ppo", "dpo"]}, ["algorithms", "dpo", "'rloo'"]),

@@ -1,73 +1,12 @@
 """Tables and verdicts of the sweeps from artifacts in which the claim was built in, built out, or is noise."""
 
 import itertools
-import json
-import zlib
 
 import numpy as np
-import pandas as pd
 import pytest
-from safetensors.numpy import save_file
 
-from rlhfscale import ladder, params, registry, specs, study_sweeps
-from rlhfscale.data.responses import Responses
-from rlhfscale.results import ResultsFolder
-
-assert registry
-RUNG_STEPS = {name: step for step, name in enumerate(ladder.RUNGS)}
-
-
-def planted(folder, figure, accuracy, skill=lambda rung: 1.0):
-    """Artifacts of a figure of the laptop tier, by spec: policies with the accuracies, reward models with the skills.
-
-    A model's draws are those of every other model (their differences have little noise) but for a shift by seed.
-    """
-    P = params.load(figure, "laptop")
-    P = type(P)(**P.model_dump() | ({"num_samples": 16} if "num_samples" in type(P).model_fields else {}))
-    made = {}
-    for spec in P.specs():
-        made[spec] = place = folder / spec.key
-        place.mkdir()
-        rng = np.random.default_rng(zlib.crc32(spec.key.encode()))
-        if isinstance(spec, specs.Samples):
-            level = accuracy(spec.model) if isinstance(spec.model, specs.Policy) else 0.5
-            shape = (spec.num_prompts, spec.num_samples)
-            draws = np.random.default_rng((spec.seed, spec.num_samples)).random(shape)
-            save_responses(place, draws < level + 0.002 * rng.standard_normal())
-        elif isinstance(spec, specs.Policy):
-            names = ("proxy", "gold", "exact", "kl_nats", "response_tokens", "finished")
-            pd.DataFrame({"update": range(6)} | dict.fromkeys(names, 0.5)).to_csv(place / "metrics.csv", index=False)
-            (place / "manifest.json").write_text(json.dumps({"wall_s": 3.0, "cpu_s": 2.0}))
-        elif isinstance(spec, specs.RewardModel):
-            found = np.where(np.arange(512) % 4, rng.random((2, 512)) < 0.7 + 0.02 * RUNG_STEPS[spec.rung], np.nan)
-            save_file({"pair_accuracy": found}, place / "held_out.safetensors")
-    for spec in (spec for spec in P.specs() if isinstance(spec, specs.Scores)):
-        right = Responses.load(made[spec.samples] / "responses.safetensors").exact
-        noise = np.random.default_rng(spec.reward_model.seed).standard_normal(right.shape)
-        save_file({"scores": skill(spec.reward_model.rung) * right + noise}, made[spec] / "scores.safetensors")
-    return P, made
-
-
-def save_responses(folder, exact):
-    count, none = np.ones(exact.shape, np.int8), np.zeros((len(exact), 1), np.int16)
-    Responses(
-        prompt_ids=none, prompt_lengths=none[:, 0], response_ids=np.zeros((*exact.shape, 1), np.int16),
-        response_lengths=count.astype(np.int16), finished=exact | True, gold=exact.astype(np.float32), exact=exact,
-        steps_right=count, steps_written=count, family=count[:, 0], difficulty=count[:, 0],
-    ).save(folder / "responses.safetensors")  # fmt: skip
-
-
-def checked(tables, tmp_path):
-    """The tables as the results folder takes them: complete, finite, and the same when read back."""
-    folder = ResultsFolder("sweep", "smoke", tmp_path / "results")
-    folder.write_runs(tables.runs)
-    folder.write_summary(tables.summary)
-    folder.write_per_prompt(tables.per_prompt)
-    folder.write_claims(tables.claims)
-    runs = folder.read("runs.csv")
-    named = ["node", "metric", *(name for name in ("ladder", "seed") if name in runs)]
-    assert not runs.duplicated(named).any()
-    return tables.summary.set_index("quantity")
+from planted import RUNG_STEPS, checked, planted
+from rlhfscale import ladder, study_sweeps
 
 
 @pytest.mark.parametrize(
@@ -79,7 +18,7 @@ def test_c2(tmp_path, ppo, skill, verdict):
         tmp_path,
         "02_reward_model_size",
         lambda policy: 0.52 + ppo * RUNG_STEPS[policy.reward_model.rung],
-        lambda rung: 0.5 + skill * RUNG_STEPS[rung],
+        lambda model, family: 0.5 + skill * RUNG_STEPS[model.rung],
     )
     tables = study_sweeps.reward_model_size(P, made)
     assert [result.verdict for result in tables.claims] == [verdict]
@@ -136,4 +75,15 @@ def test_c9(tmp_path, gain, shift, verdict):
     assert whole.loc["grpo", "estimate"] == pytest.approx(shift, abs=0.004)
     assert whole.loc["rloo", "estimate"] == pytest.approx(0.04, abs=0.005) and not whole.loc["rloo", "equivalent"]
     curves = tables.extra["training.csv"]
-    assert len(curves) == 3 * 3 * 5 * 6 and set(curves["algorithm"]) == {"ppo", "grpo", "rloo"}
+    assert len(curves) == 3 * 3 * 5 * 30 and set(curves["algorithm"]) == {"ppo", "grpo", "rloo"}
+
+
+def test_learning_rates_are_paired_with_the_recipes(tmp_path):
+    P, made = planted(tmp_path, "00_learning_rates", lambda policy: 0.5 + 0.05 * (policy.policy_lr == 0.002))
+    tables = study_sweeps.learning_rates(P, made)
+    rows = tables.summary.set_index(["quantity", "algorithm", "rung", "policy_lr"])
+    assert len(tables.runs) == len(P.cells()) * 3 * 2
+    for algorithm, rung in P.cells():
+        distance = rows.loc["minus_recipe", algorithm, rung]
+        assert distance.loc[0.001, ["estimate", "ci_low", "ci_high"]].eq(0).all()
+        assert distance.loc[0.002, "ci_low"] > 0.02 and abs(distance.loc[0.0005, "estimate"]) < 0.02
