@@ -134,4 +134,4 @@ def test_the_ledger_draws_every_test_and_says_what_would_settle_it(tmp_path):
     said = study_ledger.words(table.iloc[0])
     assert "prompts minus responses" in said and ("settle" in said or table["verdict"][0] != "inconclusive")
     figure = study_ledger.figure(table)
-    assert "C4" in figure.axes[0].get_title()
+    assert figure.axes[0].get_title(loc="left").startswith(f"C4 {table['verdict'][0]}")
