@@ -1,6 +1,6 @@
 # make figures                         every figure, table and verdict of the laptop tier; again in seconds
 # make figures TIER=smoke FIGURE=01    one figure with the smallest settings
-# make figures FIGURE=20_real_model    the pipeline on SmolLM2-135M, half an hour for each of three seeds
+# make figures FIGURE=20_real_model    the pipeline on SmolLM2-135M, half an hour for each of five seeds
 # make plan | status | claims          what would run, what is in the store, the verdicts
 # make test | lint                     the test suite (SLOW=0 leaves out the slow ones), the style checks
 # make bench                           our trainers' speed and memory against TRL's, in the README's table
