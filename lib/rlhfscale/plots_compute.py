@@ -17,9 +17,9 @@ from rlhfscale.plots import (
 from rlhfscale.plots_sweeps import signed_interval
 
 SPENT_ON = {
-    "pretraining": ("pretraining, more documents", CATEGORIES[0], "s"),
-    "pretraining, by rung": ("pretraining, larger rungs", CATEGORIES[7], "o"),
-    "RLHF": ("RLHF, more labels and updates", CATEGORIES[3], "D"),
+    "pretraining": ("more documents", CATEGORIES[0], "s"),
+    "pretraining, by rung": ("larger rungs", CATEGORIES[7], "o"),
+    "RLHF": ("more RLHF", CATEGORIES[3], "D"),
 }
 """Label, colour and marker of what compute is spent on."""
 PARTS = ("labels", "reward model", "roll-outs", "reward", "evaluation", "updates")
@@ -38,8 +38,8 @@ def compute_returns(runs: pd.DataFrame, summary: pd.DataFrame, flops: pd.DataFra
     """
     difference = select(summary, "slope_difference").iloc[0]
     caption = (
-        f"{interval_caption(summary, 'dots: seeds; bars and bands: ')} Slope of pretraining on more documents minus "
-        f"that of RLHF: {signed_interval(difference)} for each doubling. C10: {difference.verdict}."
+        f"{interval_caption(summary, 'dots: seeds; bars and bands: ')} Legend: slopes for each doubling of compute. "
+        f"That of pretraining on more documents minus that of RLHF: {signed_interval(difference)}. C10: {difference.verdict}."
     )
     figure, (left, right), legend = new_figure(1, 2, 3.0, caption)
     total = flops.groupby(["spent_on", "size"])["flops"].sum()
@@ -52,7 +52,7 @@ def compute_returns(runs: pd.DataFrame, summary: pd.DataFrame, flops: pd.DataFra
         draw_estimates(left, rows, "flops", color=color, marker=marker, linestyle="none")
         draw_band(left, select(summary, "slope_fit", spent_on=name), "flops", color)
         slope = select(summary, "slope", spent_on=name).iloc[0]
-        handles.append(Line2D([], [], color=color, marker=marker, label=f"{label}: {slope.estimate:+.3f} a doubling"))
+        handles.append(Line2D([], [], color=color, marker=marker, label=f"{label}: {slope.estimate:+.4f}"))
     left.set_xscale("log")
     left.set(title="accuracy by compute", xlabel="FLOPs", ylabel="sampled exact-match accuracy")
     rlhf = flops[flops["spent_on"] == "RLHF"].pivot_table(index="size", columns="part", values="flops")[list(PARTS)]
@@ -63,5 +63,5 @@ def compute_returns(runs: pd.DataFrame, summary: pd.DataFrame, flops: pd.DataFra
     right.set_xticks(range(len(rlhf)), [f"{size:.0f}" for size in rlhf.index])
     right.set(title="what RLHF's compute goes into", xlabel="PPO updates (labels grow alike)", ylabel="FLOPs")
     right.legend(loc="upper left")
-    legend(handles, ncols=2)
+    legend(handles, ncols=3)
     return figure

@@ -17,7 +17,8 @@ from rlhfscale.plots import (
 from rlhfscale.plots_sweeps import signed_interval
 
 KIND_STYLES = {"outcome": (CATEGORIES[1], "o"), "process": (CATEGORIES[0], "s")}
-TITLES = {"own": "trained on its family", "other": "trained on the other one", "both": "trained on both"}
+TITLES = {"own": "own family", "other": "other family", "both": "both families"}
+"""What the reward models were trained on, as a held-out prompt sees it."""
 
 
 @styled
@@ -33,7 +34,7 @@ def process_supervision(runs: pd.DataFrame, summary: pd.DataFrame) -> Figure:
     """
     whole = {row.trained_on: row for row in select(summary, "process_minus_outcome").itertuples()}
     caption = (
-        f"{interval_caption(summary, 'bars: ')} Process minus outcome, mean over sizes: on its own task "
+        f"{interval_caption(summary, 'bars: ')} Titles: what the reward models were trained on. Process minus outcome, mean over sizes: on its own task "
         f"{signed_interval(whole['own'])}, on the other {signed_interval(whole['other'])}, trained on both "
         f"{signed_interval(whole['both'])}. C8: {whole['own'].verdict}. F1: dots are seeds."
     )
@@ -45,8 +46,10 @@ def process_supervision(runs: pd.DataFrame, summary: pd.DataFrame) -> Figure:
             draw_estimates(axis, rows, "reward_model_params", color=color, marker=marker)
         axis.axhline(0, color="0.4", linewidth=0.8)
         axis.set(title=title)
-        axis.sharey(axes[0])
-        size_axis(axis, gains["reward_model_params"], "reward-model parameters")
+        if axis is not axes[0]:
+            axis.sharey(axes[0])
+            axis.tick_params(labelleft=False)
+        size_axis(axis, gains["reward_model_params"], "reward-model size")
     axes[0].set(ylabel="best-of-N gain in accuracy")
     found = select(summary, "first_error_f1")
     dots = runs[runs["metric"] == "first_error_f1"].merge(
@@ -63,7 +66,7 @@ def process_supervision(runs: pd.DataFrame, summary: pd.DataFrame) -> Figure:
                 else:
                     draw_dots(axes[3], of, "reward_model_params", color, size=4)
     axes[3].set(title="first wrong step", ylabel="F1", ylim=(0, 1))
-    size_axis(axes[3], found["reward_model_params"], "reward-model parameters")
+    size_axis(axes[3], found["reward_model_params"], "reward-model size")
     for axis in axes:
         axis.tick_params(axis="x", labelrotation=60)
     handles = [Line2D([], [], color=c, marker=m, label=f"{kind} supervision") for kind, (c, m) in KIND_STYLES.items()]

@@ -71,7 +71,7 @@ def reward_model_size(runs: pd.DataFrame, summary: pd.DataFrame) -> Figure:
         draw_estimates(axis, select(summary, name), "reward_model_params", **style)
         draw_band(axis, select(summary, f"{name}_fit"), "reward_model_params", color)
         axis.set(title=title, ylabel=label)
-        size_axis(axis, dots[name]["reward_model_params"], "reward-model parameters")
+        size_axis(axis, dots[name]["reward_model_params"], "reward-model size")
         axis.tick_params(axis="x", labelrotation=45)
         slope = select(summary, f"{name}_slope").iloc[0]
         add_headroom(axis, 0.25)

@@ -69,7 +69,8 @@ def figure(table: pd.DataFrame) -> Figure:
         error = [[row.estimate - row.ci_low], [row.ci_high - row.estimate]]
         axis.errorbar([row.estimate], [0], xerr=error, color=color, marker="o", capsize=2, elinewidth=1.4)
         premise = " (premise)" if parts["premise"].all() else ""
-        axis.set_title(f"{claim} {row.verdict}: {name}{premise}", fontsize=7, color=color)
+        axis.set_title(f"{claim}  {name}{premise}", fontsize=7)
+        axis.text(0.99, 0.9, row.verdict, transform=axis.transAxes, ha="right", va="top", fontsize=6.5, color=color)
         axis.set_yticks([])
         axis.tick_params(axis="x", labelsize=6)
         axis.spines["left"].set_visible(False)
