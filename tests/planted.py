@@ -45,7 +45,7 @@ def planted(
         elif isinstance(spec, specs.Policy):
             metrics(rng, spec.num_updates).to_csv(place / "metrics.csv", index=False)
             (place / "manifest.json").write_text(json.dumps({"wall_s": 3.0, "cpu_s": 2.0}))
-        elif isinstance(spec, specs.RewardModel):
+        elif isinstance(spec, specs.RewardModel | specs.MixedRewardModel):
             found = np.where(np.arange(512) % 4, rng.random((2, 512)) < pairs(spec), np.nan)
             save_file({"pair_accuracy": found}, place / "held_out.safetensors")
         elif isinstance(spec, specs.ProcessRewardModel):

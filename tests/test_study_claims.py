@@ -60,6 +60,26 @@ def test_c4(tmp_path, prompts, responses, verdict):
 
 
 @pytest.mark.parametrize(
+    ("preference", "process", "verdict"),
+    [(0.0, 1.5, "reproduced"), (0.0, 0.0, "contradicted"), (0.045, 0.0, "inconclusive")],
+)
+def test_c7(tmp_path, preference, process, verdict):
+    P, made = planted(
+        tmp_path,
+        "07_data_composition",
+        lambda policy: 0.5 + 0.1 * policy.reward_model.mix[2],
+        lambda model, family: 1.0 + preference * model.mix[0] + process * model.mix[2],
+    )
+    tables = study_data.data_composition(P, made)
+    assert [result.verdict for result in tables.claims] == [verdict]
+    found = checked(tables, tmp_path)
+    assert len(found.loc["best_of_n_gain"]) == 20 and len(found.loc["ppo_gain"]) == 10
+    gains = found.loc["ppo_gain"].sort_values("share_process")["estimate"].to_numpy()
+    assert gains[-1] - gains[0] == pytest.approx(0.1, abs=0.01)
+    assert found.loc["larger_budget_gain", "estimate"].abs().max() < 0.01
+
+
+@pytest.mark.parametrize(
     ("own", "other", "verdict"),
     [(0.8, -0.6, "reproduced"), (0.8, 0.6, "contradicted"), (-0.8, -0.6, "contradicted"), (0.0, 0.0, "inconclusive")],
 )

@@ -44,6 +44,7 @@ MODULES = {
     "samples": SAMPLING,
     "reward_model": REWARD,
     "policy": (*REWARD, "rewards/process", "rewards/shared", "networks", *TRAINERS),
+    "mixed_reward_model": (*REWARD, "rewards/process", "rewards/mixed"),
     "process_reward_model": (*REWARD, "rewards/process"),
     "scores": (*REWARD, "rewards/process"),
     "mt_bench": (*SAMPLING, "smollm2", *EVALS),

@@ -39,7 +39,8 @@ def compute_returns(runs: pd.DataFrame, summary: pd.DataFrame, flops: pd.DataFra
     difference = select(summary, "slope_difference").iloc[0]
     caption = (
         f"{interval_caption(summary, 'dots: seeds; bars and bands: ')} Legend: slopes for each doubling of compute. "
-        f"That of pretraining on more documents minus that of RLHF: {signed_interval(difference)}. C10: {difference.verdict}."
+        f"That of pretraining on more documents minus that of RLHF: {signed_interval(difference)}. "
+        f"C10: {difference.verdict}."
     )
     figure, (left, right), legend = new_figure(1, 2, 3.0, caption)
     total = flops.groupby(["spent_on", "size"])["flops"].sum()

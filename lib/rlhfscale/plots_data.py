@@ -20,6 +20,12 @@ from rlhfscale.plots import (
 from rlhfscale.plots_sweeps import doubling_axis, signed_interval
 
 FORM_COLORS = {"d(a - b d)": CATEGORIES[2], "d(a - b log d)": CATEGORIES[4]}
+KIND_COLORS = {
+    "share_preference": ("preference", CATEGORIES[0]),
+    "share_rejection_sampling": ("rejection sampling", CATEGORIES[1]),
+    "share_process": ("process", CATEGORIES[2]),
+}
+"""Label and colour of each kind of label, by the column of its share."""
 ROOT_KL = "KL to reference (nats, sqrt axis)"
 
 
@@ -130,3 +136,63 @@ def prompts_or_responses(runs: pd.DataFrame, summary: pd.DataFrame) -> Figure:
     named = [Line2D([], [], color=c, marker="o", label=f"{human_number(int(n))} labels") for n, c in colors.items()]
     legend(named, ncols=len(named))
     return figure
+
+
+@styled
+def data_composition(runs: pd.DataFrame, summary: pd.DataFrame) -> Figure:
+    """C7: the mixes as points of a triangle, coloured by what their reward models reach; and each kind by budget.
+
+    Args:
+        runs: ``share_preference``, ``share_rejection_sampling``, ``share_process``, ``labelled_prompts``, ``seed``,
+            ``metric``, ``value``; ``best_of_n_gain`` is drawn as dots.
+        summary: the common columns, the shares, ``labelled_prompts``, ``contrast``, ``verdict``; quantities
+            ``pair_accuracy``, ``best_of_n_gain`` (by mix and budget), ``ppo_gain`` (by mix) and ``contrast``.
+    """
+    contrasts = select(summary, "contrast")
+    said = "; ".join(f"{row.contrast} {signed_interval(row)}" for row in contrasts.itertuples())
+    caption = (
+        f"{interval_caption(summary, 'dots: seeds; bars: ')} Best-of-N at the larger budget (98.3% intervals): {said}. "
+        f"C7: {contrasts.iloc[0].verdict}."
+    )
+    figure, axes, legend = new_figure(2, 2, 4.6, caption)
+    largest = summary["labelled_prompts"].max()
+    titles = {"pair_accuracy": "within-prompt accuracy", "best_of_n_gain": "best-of-N gain", "ppo_gain": "PPO gain"}
+    for axis, (name, title) in zip(axes.flat, titles.items(), strict=False):
+        rows = select(summary, name)
+        _triangle(figure, axis, rows[rows["labelled_prompts"] == largest], title)
+    axis, handles = axes[1, 1], []
+    gains, dots = select(summary, "best_of_n_gain"), runs[runs["metric"] == "best_of_n_gain"]
+    for index, (share, (label, color)) in enumerate(KIND_COLORS.items()):
+        beside = 2 ** (0.12 * (index - 1))
+        for table, draw in ((dots, draw_dots), (gains, draw_estimates)):
+            alone = table[table[share] == 1.0]
+            alone = alone.assign(place=alone["labelled_prompts"] * beside)
+            if draw is draw_dots:
+                draw_dots(axis, alone, "place", color, size=5)
+            else:
+                draw_estimates(axis, alone, "place", color=color, marker="o")
+        handles.append(Line2D([], [], color=color, marker="o", label=f"{label} alone"))
+    budgets = sorted(gains["labelled_prompts"].astype(int).unique())
+    doubling_axis(axis, budgets, [human_number(count) for count in budgets])
+    axis.set(title="each kind by budget", xlabel="labelled prompts", ylabel="best-of-N gain in accuracy")
+    legend(handles, ncols=3)
+    return figure
+
+
+def _triangle(figure: Figure, axis, rows: pd.DataFrame, title: str) -> None:
+    """Points in a triangle whose corners are the kinds, coloured and labelled by their estimates."""
+    corners = dict(zip(KIND_COLORS, ((0.0, 0.0), (1.0, 0.0), (0.5, np.sqrt(0.75))), strict=True))
+    x, y = (sum(rows[share] * corner[i] for share, corner in corners.items()) for i in (0, 1))
+    edge = np.array([*corners.values(), (0.0, 0.0)])
+    axis.plot(edge[:, 0], edge[:, 1], color="0.6", linewidth=0.8, zorder=1)
+    picture = axis.scatter(x, y, c=rows["estimate"], cmap="viridis", s=60, zorder=2)
+    for place in zip(x, y, rows["estimate"], strict=True):
+        axis.annotate(f"{place[2]:.3f}", place[:2], (0, 6), textcoords="offset points", ha="center", fontsize=6)
+    for share, (label, _) in KIND_COLORS.items():
+        at, top = corners[share], share == "share_process"
+        offset = (0, 14) if top else (0, -12)
+        axis.annotate(label, at, offset, textcoords="offset points", ha="center", fontsize=7)
+    axis.set(title=title, xlim=(-0.25, 1.25), ylim=(-0.2, 1.15), aspect="equal")
+    axis.axis("off")
+    axis.set_title(title)
+    figure.colorbar(picture, ax=axis, shrink=0.7)

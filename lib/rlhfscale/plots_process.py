@@ -34,7 +34,8 @@ def process_supervision(runs: pd.DataFrame, summary: pd.DataFrame) -> Figure:
     """
     whole = {row.trained_on: row for row in select(summary, "process_minus_outcome").itertuples()}
     caption = (
-        f"{interval_caption(summary, 'bars: ')} Titles: what the reward models were trained on. Process minus outcome, mean over sizes: on its own task "
+        f"{interval_caption(summary, 'bars: ')} Titles: training data. "
+        f"Process minus outcome, mean over sizes: on its own task "
         f"{signed_interval(whole['own'])}, on the other {signed_interval(whole['other'])}, trained on both "
         f"{signed_interval(whole['both'])}. C8: {whole['own'].verdict}. F1: dots are seeds."
     )

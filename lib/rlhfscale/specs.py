@@ -158,7 +158,53 @@ class ProcessRewardModel(Spec):
         return f"process reward model {self.rung}, {self.num_prompts} prompts, seed {self.seed}"
 
 
-AnyRewardModel = RewardModel | ProcessRewardModel
+class MixedRewardModel(Spec):
+    """An outcome reward model from a mix of comparisons, right or wrong responses, and right or wrong steps."""
+
+    stage: ClassVar[str] = "mixed_reward_model"
+    version: ClassVar[int] = 1
+    runner: ClassVar[str] = "rlhfscale.stages:mixed_reward_model"
+
+    base: SFT
+    data: tuple["Samples", ...]
+    held_out: tuple["Samples", ...]
+    num_prompts: int = Field(ge=1)
+    mix: tuple[float, float, float]
+    epochs: int = Field(ge=1)
+    prompts_per_batch: int = Field(ge=1)
+    lr: float = Field(gt=0)
+    muon_lr: float = Field(gt=0)
+    lora_rank: int = Field(ge=0)
+    seed: int = Field(ge=0)
+
+    _enough_data = model_validator(mode="after")(_enough_data)
+
+    @field_validator("mix")
+    @classmethod
+    def _shares(cls, mix: tuple[float, float, float]) -> tuple[float, float, float]:
+        if min(mix) < 0 or abs(sum(mix) - 1) > 1e-6:
+            raise ValueError(f"mix: {mix} are not shares that sum to 1")
+        return mix
+
+    @property
+    def rung(self) -> str:
+        return self.base.rung
+
+    @property
+    def cost_s(self) -> float:
+        sequences = self.num_prompts * self.epochs * self.data[0].num_samples
+        held_out = sum(samples.num_prompts * samples.num_samples for samples in self.held_out)
+        return 1 + ladder.rung(self.rung).seconds(
+            train_tokens=sequences * TOKENS_PER_DOCUMENT, forward_tokens=held_out * TOKENS_PER_DOCUMENT
+        )
+
+    @property
+    def title(self) -> str:
+        mix = "/".join(f"{100 * share:.0f}" for share in self.mix)
+        return f"reward model {self.rung}, mix {mix}, {self.num_prompts} prompts, seed {self.seed}"
+
+
+AnyRewardModel = RewardModel | ProcessRewardModel | MixedRewardModel
 
 PPO_ONLY = "critic", "critic_lr", "value_coefficient", "value_clip", "gamma", "lam"
 """Fields of `Policy` that belong to a critic: PPO needs each of them, GRPO and RLOO have none."""
@@ -294,6 +340,7 @@ class Scores(Spec):
 
 RewardModel.model_rebuild()
 ProcessRewardModel.model_rebuild()
+MixedRewardModel.model_rebuild()
 
 
 class MTBench(Spec):

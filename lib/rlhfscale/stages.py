@@ -4,7 +4,8 @@ Every function has the signature ``stage(spec, inputs, folder)``: ``inputs`` map
 ``folder`` is empty and becomes the artifact. They run in worker processes of one thread each (see `grid`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ from rlhfscale.data.demonstrations import (
 from rlhfscale.data.responses import Responses, label
 from rlhfscale.evals import benchmarks, evaluate, sources
 from rlhfscale.evals.judge import Cache
-from rlhfscale.rewards import outcome, process
-from rlhfscale.rewards.labelled import StepLabelled, response_sequences, study_step_ids
+from rlhfscale.rewards import mixed, outcome, process
+from rlhfscale.rewards.labelled import Labelled, StepLabelled, response_sequences, study_step_ids
 from rlhfscale.rl import GRPO, PPO, RLOO, GRPOConfig, PPOConfig, RLOOConfig
 from rlhfscale.samplers import Completions, hf, repeated, request_seeds
 from rlhfscale.store import scratch
@@ -127,10 +128,49 @@ def reward_model(spec: specs.RewardModel, inputs: Inputs, folder: Path) -> None:
         seed=(spec.seed, 0),
     )
     reward = outcome.OutcomeRewardModel(model, models.build_tokenizer(), spec.readout)
+    save_outcome(reward, records, data, [load_responses(inputs, source) for source in spec.held_out], folder)
+
+
+def mixed_reward_model(spec: specs.MixedRewardModel, inputs: Inputs, folder: Path) -> None:
+    """As `reward_model`; of each label rung's prompts the first share is compared, the next is labelled right or wrong,
+    and the rest step by step."""
+    share = -(-spec.num_prompts // len(spec.data))
+    compared, marked, end = (round(part * share) for part in np.cumsum(spec.mix))
+    data, responses, steps = [load_responses(inputs, source).head(share) for source in spec.data], [], []
+    for source, part in zip(spec.data, data, strict=True):
+        labelled, size = Labelled.from_responses(part), source.num_samples
+        none = np.full(len(labelled), np.nan, np.float32)
+        responses.append(replace(labelled, correct=none)[: compared * size])
+        responses.append(replace(labelled, gold=none)[compared * size : marked * size])
+        steps.append(load_steps(inputs, source, share)[marked * size : end * size])
+    model, records = mixed.train(
+        models.load_scorer(inputs[spec.base.key] / "model", init_seed=spec.seed),
+        [part for part in responses if len(part)],
+        [part for part in steps if len(part)],
+        step_ids=study_step_ids(),
+        epochs=spec.epochs,
+        prompts_per_batch=spec.prompts_per_batch,
+        responses_per_batch=spec.prompts_per_batch * spec.data[0].num_samples,
+        lr=spec.lr,
+        muon_lr=spec.muon_lr,
+        lora_rank=spec.lora_rank,
+        seed=(spec.seed, 0),
+    )
+    reward = outcome.OutcomeRewardModel(model, models.build_tokenizer(), "sum")
+    save_outcome(reward, records, data, [load_responses(inputs, source) for source in spec.held_out], folder)
+
+
+def save_outcome(
+    reward: outcome.OutcomeRewardModel,
+    records: list[dict[str, Any]],
+    data: Sequence[Responses],
+    held_out: Sequence[Responses],
+    folder: Path,
+) -> None:
+    """What a stage keeps of an outcome reward model, calibrated on the first responses of its data."""
     reward.calibrate(np.concatenate([reward.score_responses(responses.head(256)).ravel() for responses in data]))
     reward.save(folder / "model")
     pd.DataFrame(records).to_csv(folder / "train.csv", index=False)
-    held_out = [load_responses(inputs, source) for source in spec.held_out]
     accuracy = [outcome.pair_accuracy(reward.score_responses(responses), responses.gold) for responses in held_out]
     num_pairs = sum(outcome.num_pairs(responses.gold) for responses in data)
     save_file({"pair_accuracy": np.stack(accuracy), "num_pairs": np.array(num_pairs)}, folder / "held_out.safetensors")
@@ -222,8 +262,9 @@ def load_steps(inputs: Inputs, spec: specs.Samples, num_prompts: int) -> StepLab
 
 def load_reward(inputs: Inputs, spec: specs.AnyRewardModel) -> outcome.OutcomeRewardModel | process.ProcessRewardModel:
     """The reward model that a spec names."""
-    kinds = {specs.RewardModel: outcome.OutcomeRewardModel, specs.ProcessRewardModel: process.ProcessRewardModel}
-    return kinds[type(spec)].load(inputs[spec.key] / "model")
+    is_process = isinstance(spec, specs.ProcessRewardModel)
+    kind = process.ProcessRewardModel if is_process else outcome.OutcomeRewardModel
+    return kind.load(inputs[spec.key] / "model")
 
 
 def mt_bench(spec: specs.MTBench, inputs: Inputs, folder: Path) -> None:

@@ -8,7 +8,7 @@ import pandas as pd
 from rlhfscale.evals import best_of_n as bon
 from rlhfscale.results import summary_row
 from rlhfscale.stats.bootstrap import Interval, bootstrap, nested_bootstrap
-from rlhfscale.stats.claims import CLAIMS, judge
+from rlhfscale.stats.claims import CLAIMS, MIX_CONFIDENCE, MIX_CONTRASTS, judge
 from rlhfscale.stats.fits import fit_saturation_exp, fit_with_intervals
 from rlhfscale.study import (
     Folders,
@@ -22,7 +22,7 @@ from rlhfscale.study import (
     read_scores,
 )
 from rlhfscale.study_sweeps import Collector, last_updates, pair_accuracy
-from rlhfscale.sweeps_data import PromptsOrResponses, TrainingData
+from rlhfscale.sweeps_data import CORNERS, KINDS, DataComposition, Mix, PromptsOrResponses, TrainingData
 
 SATURATED = 0.95
 """Share of the fitted rise at which a policy counts as on its plateau."""
@@ -168,3 +168,54 @@ def doublings(P: PromptsOrResponses, means: np.ndarray) -> np.ndarray:
     interaction = np.linalg.lstsq(twisted, means, rcond=None)[0][3]
     residual, spread = means - plane @ np.linalg.lstsq(plane, means, rcond=None)[0], means.var()
     return np.array([a, b, a - b, interaction, 1 - residual.var() / spread if spread else 0.0])
+
+
+def data_composition(P: DataComposition, folders: Folders) -> Tables:
+    """C7: accuracy within a prompt, best-of-N and PPO by mix and budget, contrasts between kinds, and what a larger
+    budget brings to each."""
+    found = Collector(P, folders)
+    drawn = read_responses(folders, P.samples)
+    single, values = drawn.exact.mean(1), {}
+    for mix, prompts in P.cells():
+        about = _shares(mix) | {"labelled_prompts": prompts}
+        for seed in P.seeds:
+            model, scores = P.reward_model(mix, prompts, seed), P.scores(mix, prompts, seed)
+            best = bon.best_of_n(drawn.exact, read_scores(folders, scores), [P.best_of])[:, 0]
+            values.setdefault(("pair_accuracy", mix, prompts), []).append(pair_accuracy(folders, model))
+            values.setdefault(("best_of_n_gain", mix, prompts), []).append(best - single)
+            found.add(model, seed, "pair_accuracy", values["pair_accuracy", mix, prompts][-1], **about)
+            found.add(scores, seed, "best_of_n_gain", best - single, **about)
+    for (name, mix, prompts), by_seed in values.items():
+        interval = mean_intervals(np.array(by_seed)[None]).split()[0]
+        found.summary.append(summary_row(name, interval, **_shares(mix), labelled_prompts=prompts))
+    small, large = P.labelled_prompts
+    gains = {size: np.array([values["best_of_n_gain", mix, size] for mix in CORNERS]) for size in (small, large)}
+    options = {"rng": new_rng(), "on": "means", "confidence": MIX_CONFIDENCE}
+    parts = nested_bootstrap(gains[large], contrasts, **options).split()
+    gain = nested_bootstrap(gains[large].mean(0), np.mean, **options)
+    result = judge("C7", dict(zip(MIX_CONTRASTS, parts, strict=True)) | {"mean gain": gain})
+    found.summary.append(summary_row("gain_in_all", gain, labelled_prompts=large))
+    for contrast, part in zip(MIX_CONTRASTS, parts, strict=True):
+        row = summary_row("contrast", part, contrast=contrast, labelled_prompts=large)
+        found.summary.append(row | {"verdict": result.verdict})
+    growth = gains[large] - gains[small]
+    for kind, interval in zip(KINDS, mean_intervals(growth).split(), strict=True):
+        found.summary.append(summary_row("larger_budget_gain", interval, kind=kind))
+    for contrast, part in zip(MIX_CONTRASTS, nested_bootstrap(growth, contrasts, **options).split(), strict=True):
+        found.summary.append(summary_row("larger_budget_contrast", part, contrast=contrast))
+    before = found.before()[[P.seeds.index(seed) for seed in P.ppo_seeds]]
+    for mix in P.mixes:
+        about = _shares(mix) | {"labelled_prompts": large}
+        gain = found.after([P.policy(mix, seed) for seed in P.ppo_seeds], **about) - before
+        found.summary.append(summary_row("ppo_gain", mean_intervals(gain[None]).split()[0], **about))
+    return found.tables(result)
+
+
+def contrasts(means: np.ndarray) -> np.ndarray:
+    """Differences between the kinds, in the order of `MIX_CONTRASTS`."""
+    preference, rejection, process = means
+    return np.array([preference - rejection, preference - process, rejection - process])
+
+
+def _shares(mix: Mix) -> dict[str, float]:
+    return {f"share_{kind.replace(' ', '_')}": share for kind, share in zip(KINDS, mix, strict=True)}

@@ -29,7 +29,7 @@ def words(row: pd.Series) -> str:
     test = (
         f"{row.interval}: {row.estimate:+.4f} [{row.ci_low:+.4f}, {row.ci_high:+.4f}], claimed {side} {row.threshold:g}"
     )
-    if row.verdict != "inconclusive":
+    if row.verdict != "inconclusive" or row.premise:
         return test
     if pd.isna(row.seeds_to_settle):
         return f"{test}; more seeds alone would not settle it" if row.ci_low <= row.threshold <= row.ci_high else test

@@ -1,4 +1,4 @@
-"""Parameters of the figures on data, of the policy (C3) and of the reward model (C4), and their specs."""
+"""Parameters of the figures on data, of the policy (C3) and of the reward model (C4, C7), and their specs."""
 
 from itertools import product
 from typing import ClassVar, Self
@@ -113,3 +113,81 @@ class PromptsOrResponses(StudyFigure):
     def specs(self) -> tuple[Spec, ...]:
         cells = [(*cell, seed) for cell in self.cells() for seed in self.seeds]
         return (self.samples, *(self.reward_model(*cell) for cell in cells), *(self.scores(*cell) for cell in cells))
+
+
+Mix = tuple[float, float, float]
+KINDS = ("preference", "rejection sampling", "process")
+"""What the shares of a mix are of: comparisons, right or wrong responses, right or wrong steps."""
+CORNERS: tuple[Mix, ...] = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
+
+
+class DataComposition(OnePolicy):
+    """C7: reward models from mixes of three kinds of label, at two label budgets."""
+
+    figure: ClassVar[str] = "07_data_composition"
+    title: ClassVar[str] = "The mix of reward-model data matters"
+    claims: ClassVar[tuple[str, ...]] = ("C7",)
+
+    reward_model_rung: str = field(role="fixed", doc="rung of the reward models")
+    mixes: tuple[Mix, ...] = field(
+        role="scientific", min_length=4, doc="shares of preference, rejection-sampling and process labels; all corners"
+    )
+    labelled_prompts: tuple[int, ...] = field(
+        role="scientific", min_length=2, max_length=2, doc="labelled prompts of each reward model, two budgets"
+    )
+    best_of: int = field(role="fixed", ge=2, doc="N of best-of-N")
+    num_samples: int = field(role="fixed", ge=2, doc="responses to each held-out prompt that best-of-N draws from, M")
+    ppo_seeds: tuple[int, ...] = field(
+        role="fixed", min_length=2, doc="seeds that also train policies, with the larger budget"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        check_rungs("reward_model_rung", (self.reward_model_rung,))
+        for mix in self.mixes:
+            if min(mix) < 0 or abs(sum(mix) - 1) > 1e-6:
+                raise ValueError(f"mixes: {list(mix)} are not shares that sum to 1")
+        if not {*CORNERS} <= {*self.mixes} or len({*self.mixes}) < len(self.mixes):
+            raise ValueError("mixes: must hold each kind alone, [1.0, 0.0, 0.0] and so on, and no mix twice")
+        if list(self.labelled_prompts) != sorted({*self.labelled_prompts}) or self.labelled_prompts[0] < 2:
+            raise ValueError(f"labelled_prompts: {list(self.labelled_prompts)} must rise, from at least 2")
+        if not {*self.ppo_seeds} <= {*self.seeds}:
+            raise ValueError(f"ppo_seeds: {list(self.ppo_seeds)} must be among seeds")
+        if self.best_of > self.num_samples:
+            raise ValueError(f"best_of: {self.best_of} must be at most num_samples = {self.num_samples}")
+        return self
+
+    def cells(self) -> list[tuple[Mix, int]]:
+        """Mix and labelled prompts of each reward model."""
+        return list(product(self.mixes, self.labelled_prompts))
+
+    def reward_model(self, mix: Mix, prompts: int, seed: int) -> specs.MixedRewardModel:
+        """Budgets share their labelled samples: the smaller takes the first prompts."""
+        whole = self.settings.reward_model(self.reward_model_rung, seed)
+        share = -(-self.labelled_prompts[-1] // len(whole.data))
+        shared = ("base", "held_out", "epochs", "prompts_per_batch", "lr", "muon_lr", "lora_rank", "seed")
+        return specs.MixedRewardModel(
+            **{name: getattr(whole, name) for name in shared},
+            data=tuple(part.changed(num_prompts=share) for part in whole.data),
+            num_prompts=prompts,
+            mix=mix,
+        )
+
+    @property
+    def samples(self) -> specs.Samples:
+        return self.settings.many_samples(self.policy_rung, self.settings.eval_prompts, self.num_samples)
+
+    def scores(self, mix: Mix, prompts: int, seed: int) -> specs.Scores:
+        return specs.Scores(samples=self.samples, reward_model=self.reward_model(mix, prompts, seed))
+
+    def policy(self, mix: Mix, seed: int) -> specs.Policy:
+        policy = self.settings.policy(self.policy_rung, self.reward_model_rung, seed)
+        return policy.changed(reward_model=self.reward_model(mix, self.labelled_prompts[-1], seed))
+
+    def policies(self) -> tuple[specs.Policy, ...]:
+        return tuple(self.policy(*cell) for cell in product(self.mixes, self.ppo_seeds))
+
+    def specs(self) -> tuple[Spec, ...]:
+        cells = [(*cell, seed) for cell in self.cells() for seed in self.seeds]
+        models, scored = [self.reward_model(*cell) for cell in cells], [self.scores(*cell) for cell in cells]
+        return (*super().specs(), self.samples, *models, *scored)

@@ -105,6 +105,29 @@ def _share(row: dict[str, Any], side: str) -> float:
     return row[side]["flops"] / float(np.median(row[side]["cpu_seconds_by_round"])) / peak
 
 
+def study_cost(tier_root: Path) -> pd.DataFrame:
+    """What the figures of a tier took, by stage, from the manifests of their results.
+
+    Returns:
+        by ``stage``, and ``all``: ``artifacts`` (different ones), ``asked_for`` (by how many figures in sum),
+        ``wall_min`` and ``cpu_min`` in minutes of one worker, ``peak_memory_mib`` of the largest. Manifests name what was
+        measured when an artifact was made, also where a later run found it in the store.
+    """
+    rows = []
+    for file in sorted(tier_root.glob("*/manifest.json")):
+        artifacts = json.loads(file.read_text())["artifacts"]
+        rows += [{"stage": key.rsplit("-", 1)[0], "key": key} | cost for key, cost in artifacts.items()]
+    table = pd.DataFrame(rows)
+    once = table.drop_duplicates("key")
+    costs = []
+    for stage, of in [*once.groupby("stage"), ("all", once)]:
+        asked = len(table) if stage == "all" else int((table["stage"] == stage).sum())
+        minutes = {f"{kind}_min": of[f"{kind}_s"].sum() / 60 for kind in ("wall", "cpu")}
+        costs.append({"stage": stage, "artifacts": len(of), "asked_for": asked, **minutes})
+        costs[-1]["peak_memory_mib"] = of["peak_memory_mib"].max()
+    return pd.DataFrame(costs)
+
+
 def figure(table: pd.DataFrame) -> Figure:
     """The ratio of each case with its interval, and both sides' memory; from `summary`."""
     return plots.throughput(table)

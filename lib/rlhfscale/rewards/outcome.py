@@ -149,7 +149,7 @@ def train(
         raise ValueError(f"data: no prompt has {wanted}, so there is nothing to learn")
     trained = scorer.prepare(model, lora_rank, merge, rng)
     optimizers = scorer.optimizers(trained, lr, muon_lr)
-    batches = [batch for _ in range(epochs) for batch in _batches(labelled, prompts_per_batch, loss, rng)]
+    batches = [batch for _ in range(epochs) for batch in batches_of(labelled, prompts_per_batch, loss, rng)]
 
     def loss_of(batch: Labelled) -> tuple[torch.Tensor, dict[str, float]]:
         first, inverse = scorer.distinct(batch.sequences)
@@ -182,7 +182,7 @@ def _useful(data: Labelled, loss: str) -> np.ndarray:
     return {"pairs": compared, "pointwise": labelled, "both": compared | labelled}[loss]
 
 
-def _batches(
+def batches_of(
     data: Sequence[Labelled], prompts_per_batch: int, loss: str, rng: np.random.Generator
 ) -> Iterator[Labelled]:
     """One epoch, groups bucketed by their longest sequence and numbered from 0 in each batch.

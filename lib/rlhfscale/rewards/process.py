@@ -121,17 +121,17 @@ def train(
         epochs=epochs, responses_per_batch=responses_per_batch, tokens_per_micro_batch=tokens_per_micro_batch
     )
     for part in data:
-        _check_labels(part, step_ids)
+        check_labels(part, step_ids)
     if all(np.isnan(part.labels).all() for part in data):
         raise ValueError("data: no step has a label, so there is nothing to learn")
     trained = scorer.prepare(model, lora_rank, merge, rng)
     optimizers = scorer.optimizers(trained, lr, muon_lr)
-    batches = [batch for _ in range(epochs) for batch in _batches(data, responses_per_batch, rng)]
+    batches = [batch for _ in range(epochs) for batch in batches_of(data, responses_per_batch, rng)]
 
     def loss_of(batch: StepLabelled) -> tuple[torch.Tensor, dict[str, float]]:
         ends = step_ends(batch.sequences, step_ids)
         scores = scorer.read(trained, batch.sequences, ends, tokens_per_micro_batch)
-        labels = torch.from_numpy(_flat_labels(batch.labels, ends.sum(1))).to(scores.device)
+        labels = torch.from_numpy(flat_labels(batch.labels, ends.sum(1))).to(scores.device)
         right = ((scores > 0) == (labels > 0.5))[~torch.isnan(labels)]
         return losses.process(scores, labels), {"accuracy": right.float().mean().item()}
 
@@ -139,7 +139,7 @@ def train(
     return scorer.finish(trained, merge), records
 
 
-def _batches(data: Sequence[StepLabelled], size: int, rng: np.random.Generator) -> Iterator[StepLabelled]:
+def batches_of(data: Sequence[StepLabelled], size: int, rng: np.random.Generator) -> Iterator[StepLabelled]:
     """One epoch, responses bucketed by length; those without a label are left out."""
     epoch = []
     for part in data:
@@ -149,14 +149,14 @@ def _batches(data: Sequence[StepLabelled], size: int, rng: np.random.Generator) 
         yield epoch[position]
 
 
-def _flat_labels(labels: np.ndarray, num_steps: np.ndarray) -> np.ndarray:
+def flat_labels(labels: np.ndarray, num_steps: np.ndarray) -> np.ndarray:
     """float32 [step], the labels of each row's steps in a row; NaN where a row has fewer labels than steps."""
     width = max(labels.shape[1], int(num_steps.max()))
     labels = np.pad(labels, ((0, 0), (0, width - labels.shape[1])), constant_values=np.nan)
     return labels[np.arange(width) < num_steps[:, None]].astype(np.float32)
 
 
-def _check_labels(data: StepLabelled, step_ids: Sequence[int]) -> None:
+def check_labels(data: StepLabelled, step_ids: Sequence[int]) -> None:
     num_steps = step_ends(data.sequences, step_ids).sum(1)
     beyond = (~np.isnan(data.labels) & (np.arange(data.labels.shape[1]) >= num_steps[:, None])).any(1)
     if beyond.any():

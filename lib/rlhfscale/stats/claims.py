@@ -27,6 +27,17 @@ EQUIVALENCE_MARGIN = 0.01
 rung of the comparison (0.044 at 55k, claim C1)."""
 
 
+MIX_MARGIN = 0.01
+"""Difference in exact accuracy below which two kinds of label count as equal; that of `EQUIVALENCE_MARGIN`."""
+MIX_CONTRASTS = (
+    "preference minus rejection sampling",
+    "preference minus process",
+    "rejection sampling minus process",
+)
+MIX_CONFIDENCE = 1 - 0.05 / len(MIX_CONTRASTS)
+"""Bonferroni: the three hold together at 95%."""
+
+
 @dataclass(frozen=True)
 class Part:
     """One interval's test: reproduced if all of it lies on the claim's side, contradicted if all on the other."""
@@ -37,13 +48,13 @@ class Part:
     """Side of the threshold on which the claim places the statistic."""
     threshold: float = 0.0
     premise: bool = False
-    """Without it the claim says nothing, such as that there is an effect at all; its failing contradicts nothing."""
+    """Without it the claim says nothing, such as that there is an effect at all: then the verdict is inconclusive."""
 
     def verdict(self, interval: Interval) -> Verdict:
         """Verdict of this part alone; an interval that touches the threshold is inconclusive."""
         below, above = interval.high < self.threshold, interval.low > self.threshold
         on_side, opposite = (below, above) if self.side == "below" else (above, below)
-        return "reproduced" if on_side else "contradicted" if opposite and not self.premise else "inconclusive"
+        return "reproduced" if on_side else "contradicted" if opposite else "inconclusive"
 
     def describe(self) -> str:
         """The test in words, for the ledger."""
@@ -56,7 +67,7 @@ class Rule:
     """Parts, and how their verdicts combine. Two parts on one interval, below and above, test for equivalence.
 
     ``all``: reproduced if every part is, contradicted if any part is. ``any``: reproduced if any part is, contradicted
-    if every part is. Else inconclusive.
+    if every part is. Else inconclusive, as where a premise does not hold.
     """
 
     parts: tuple[Part, ...]
@@ -71,7 +82,9 @@ class Rule:
         """Verdict for named intervals; ValueError unless their names are those of the parts."""
         if set(intervals) != set(self.intervals):
             raise ValueError(f"the rule needs the intervals {sorted(self.intervals)}, got {sorted(intervals)}")
-        verdicts = [part.verdict(intervals[part.interval]) for part in self.parts]
+        if any(part.verdict(intervals[part.interval]) != "reproduced" for part in self.parts if part.premise):
+            return "inconclusive"
+        verdicts = [part.verdict(intervals[part.interval]) for part in self.parts if not part.premise]
         unanimous, single = ("reproduced", "contradicted") if self.combine == "all" else ("contradicted", "reproduced")
         if single in verdicts:
             return single
@@ -193,6 +206,26 @@ CLAIMS: dict[str, Claim] = {
                 "with the study's reference reward model"
             ),
             rule=Rule((Part("early minus late gain", "above"),)),
+        ),
+        Claim(
+            id="C7",
+            statement="The data mix matters: preference, rejection-sampling and process data saturate differently",
+            paper="",
+            statistic=(
+                "gain in exact accuracy of best-of-N (N = 8 at the laptop tier) by reward models from one kind of "
+                "label alone, at the larger budget: the difference between two kinds; margin "
+                f"{MIX_MARGIN}; intervals at 98.3%, so that the three differences hold together at 95%; premise: the "
+                "mean gain over the kinds exceeds the margin"
+            ),
+            rule=Rule(
+                tuple(
+                    Part(contrast, side, threshold)
+                    for contrast in MIX_CONTRASTS
+                    for side, threshold in (("above", MIX_MARGIN), ("below", -MIX_MARGIN))
+                )
+                + (Part("mean gain", "above", MIX_MARGIN, premise=True),),
+                combine="any",
+            ),
         ),
         Claim(
             id="C8",
