@@ -78,12 +78,12 @@ def test_c9(tmp_path, gain, shift, verdict):
     assert len(curves) == 3 * 3 * 5 * 30 and set(curves["algorithm"]) == {"ppo", "grpo", "rloo"}
 
 
-def test_learning_rates_are_paired_with_the_recipes(tmp_path):
+def test_learning_rates_are_paired_with_the_common_one(tmp_path):
     P, made = planted(tmp_path, "00_learning_rates", lambda policy: 0.5 + 0.05 * (policy.policy_lr == 0.002))
     tables = study_sweeps.learning_rates(P, made)
     rows = tables.summary.set_index(["quantity", "algorithm", "rung", "policy_lr"])
     assert len(tables.runs) == len(P.cells()) * 3 * 2
     for algorithm, rung in P.cells():
-        distance = rows.loc["minus_recipe", algorithm, rung]
+        distance = rows.loc["minus_common", algorithm, rung]
         assert distance.loc[0.001, ["estimate", "ci_low", "ci_high"]].eq(0).all()
         assert distance.loc[0.002, "ci_low"] > 0.02 and abs(distance.loc[0.0005, "estimate"]) < 0.02

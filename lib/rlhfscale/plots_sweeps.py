@@ -177,15 +177,15 @@ def algorithms(runs: pd.DataFrame, summary: pd.DataFrame) -> Figure:
 
 @styled
 def learning_rates(runs: pd.DataFrame, summary: pd.DataFrame) -> Figure:
-    """Accuracy above that at the recipe's rate, against the rate: PPO by rung, and its siblings.
+    """Accuracy above that at the common rate, against the rate: PPO by rung, and its siblings.
 
     Args:
         runs: not drawn.
-        summary: the common columns, ``algorithm``, ``rung``, ``num_params``, ``policy_lr``; quantity ``minus_recipe``.
+        summary: the common columns, ``algorithm``, ``rung``, ``num_params``, ``policy_lr``; quantity ``minus_common``.
     """
-    rows = select(summary, "minus_recipe")
+    rows = select(summary, "minus_common")
     caption = (
-        f"Sampled exact accuracy minus that at the recipe's rate; bars: 95% intervals ({rows['ci_method'].iloc[0]}) "
+        f"Sampled exact accuracy minus that at the common rate; bars: 95% intervals ({rows['ci_method'].iloc[0]}) "
         f"over {rows['num_prompts'].max():,} prompts, mean of the seeds. No other figure uses these seeds or prompts."
     )
     figure, (left, right), legend = new_figure(1, 2, 2.8, caption)
@@ -209,7 +209,7 @@ def learning_rates(runs: pd.DataFrame, summary: pd.DataFrame) -> Figure:
         rates = sorted(rows["policy_lr"].unique())
         doubling_axis(axis, rates, [f"{rate:g}" for rate in rates])
         axis.set(xlabel="learning rate")
-    left.set(title="PPO by rung", ylabel="accuracy, minus the recipe's rate")
+    left.set(title="PPO by rung", ylabel="accuracy, minus the common rate")
     right.set(title="algorithms")
     legend(handles, ncols=5)
     return figure

@@ -185,7 +185,7 @@ def _about(policy: Policy) -> dict[str, Any]:
 
 
 def learning_rates(P: LearningRates, folders: Folders) -> Tables:
-    """Accuracy by algorithm, rung and rate, and its distance from that at the recipe's rate.
+    """Accuracy by algorithm, rung and rate, and its distance from that at the common rate, the recipe's of PPO.
 
     Two seeds make no interval over seeds: intervals are over prompts, for these very policies.
     """
@@ -209,7 +209,7 @@ def learning_rates(P: LearningRates, folders: Folders) -> Tables:
                 "num_params": ladder.rung(rung).num_params,
                 "policy_lr": rate,
             }
-            for name, found in (("sampled_exact", values), ("minus_recipe", values - exact[P.recipe_rate(algorithm)])):
+            for name, found in (("sampled_exact", values), ("minus_common", values - exact[P.common_rate])):
                 interval = bootstrap(found, np.mean, unit="prompt", rng=new_rng(), on="means")
                 summary.append(summary_row(name, interval, **about))
     return Tables(rows.table(), pd.DataFrame(summary), pd.concat(prompts, ignore_index=True))

@@ -199,13 +199,14 @@ class LearningRates(StudyFigure):
         check_rungs("policy_rungs", self.policy_rungs)
         if list(self.rates) != sorted(set(self.rates)) or self.rates[0] <= 0:
             raise ValueError(f"rates: {list(self.rates)} must rise, from above 0")
-        for algorithm in ("ppo", *self.siblings):
-            if self.recipe_rate(algorithm) not in self.rates:
-                raise ValueError(f"rates: {list(self.rates)} lack the recipe's {self.recipe_rate(algorithm)}")
+        if self.common_rate not in self.rates:
+            raise ValueError(f"rates: {list(self.rates)} lack the recipe's {self.common_rate}")
         return self
 
-    def recipe_rate(self, algorithm: Algorithm) -> float:
-        return getattr(self.settings, f"{algorithm}_policy_lr")
+    @property
+    def common_rate(self) -> float:
+        """The recipe's rate of PPO for every rung, which the others are compared with."""
+        return self.settings.ppo_policy_lr
 
     def cells(self) -> list[tuple[Algorithm, str]]:
         """Algorithm and rung of each sweep."""
