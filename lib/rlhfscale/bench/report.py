@@ -110,8 +110,8 @@ def study_cost(tier_root: Path) -> pd.DataFrame:
 
     Returns:
         by ``stage``, and ``all``: ``artifacts`` (different ones), ``asked_for`` (by how many figures in sum),
-        ``wall_min`` and ``cpu_min`` in minutes of one worker, ``peak_memory_mib`` of the largest. Manifests name what was
-        measured when an artifact was made, also where a later run found it in the store.
+        ``wall_min`` and ``cpu_min`` in minutes of one worker, ``peak_memory_mib`` of the largest. Manifests name what
+        was measured when an artifact was made, also where a later run found it in the store.
     """
     rows = []
     for file in sorted(tier_root.glob("*/manifest.json")):

@@ -218,12 +218,11 @@ CLAIMS: dict[str, Claim] = {
                 "mean gain over the kinds exceeds the margin"
             ),
             rule=Rule(
-                tuple(
-                    Part(contrast, side, threshold)
-                    for contrast in MIX_CONTRASTS
-                    for side, threshold in (("above", MIX_MARGIN), ("below", -MIX_MARGIN))
-                )
-                + (Part("mean gain", "above", MIX_MARGIN, premise=True),),
+                (
+                    *(Part(contrast, "above", MIX_MARGIN) for contrast in MIX_CONTRASTS),
+                    *(Part(contrast, "below", -MIX_MARGIN) for contrast in MIX_CONTRASTS),
+                    Part("mean gain", "above", MIX_MARGIN, premise=True),
+                ),
                 combine="any",
             ),
         ),
