@@ -97,7 +97,6 @@ def test_a_sweep_of_responses_moves_nothing_else():
         "reward_model",
         "epochs",
         "num_updates",
-        "policy_lr",
         "kl_coefficient",
         "clip",
         "temperature",
@@ -107,6 +106,7 @@ def test_a_sweep_of_responses_moves_nothing_else():
         for size in sizes:
             policy, usual = found.policy(name, size, seed=1), recipe.policy("55k", "150k", 1)
             assert all(getattr(policy, field) == getattr(usual, field) for field in fixed)
+            assert policy.policy_lr == getattr(recipe, f"{policy.algorithm}_policy_lr")
             rollouts = policy.prompts_per_update * policy.responses_per_prompt
             assert rollouts / policy.minibatch_size == recipe.steps_per_epoch == 2
             assert policy.responses_per_prompt == size and policy.algorithm == name[: name.index(",")]
