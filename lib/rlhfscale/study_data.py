@@ -24,6 +24,8 @@ from rlhfscale.study import (
 from rlhfscale.study_sweeps import Collector, last_updates, pair_accuracy
 from rlhfscale.sweeps_data import CORNERS, KINDS, DataComposition, Mix, PromptsOrResponses, TrainingData
 
+NO_INTERVAL = {"ci_low": np.nan, "ci_high": np.nan}
+"""Of an R2, which is bounded by 1: an interval that is symmetric about it would say nothing."""
 SATURATED = 0.95
 """Share of the fitted rise at which a policy counts as on its plateau."""
 FORMS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -114,7 +116,8 @@ def over_optimisation(curves: pd.DataFrame) -> list[dict]:
 
         parts = bootstrap(values, fitted, unit="seed", num_draws=500, rng=new_rng(), on="means").split()
         for name, part in zip(("a", "b", "r2"), parts, strict=False):
-            rows.append(summary_row(f"over_optimisation_{name}", part, form=form))
+            row = summary_row(f"over_optimisation_{name}", part, form=form)
+            rows.append(row | (NO_INTERVAL if name == "r2" else {}))
         for place, part in zip(grid, parts[3:], strict=True):
             rows.append(summary_row("over_optimisation_fit", part, form=form, root_kl=place))
     return rows
@@ -150,7 +153,8 @@ def prompts_or_responses(P: PromptsOrResponses, folders: Folders) -> Tables:
             summary.append(summary_row(name, interval, **about))
         parts = nested_bootstrap(cells, lambda means: doublings(P, means), rng=new_rng(), on="means").split()
         for effect, part in zip(("prompts", "responses", "difference", "interaction", "r2"), parts, strict=True):
-            summary.append(summary_row(f"{name}_{effect}", part))
+            row = summary_row(f"{name}_{effect}", part)
+            summary.append(row | (NO_INTERVAL if effect == "r2" else {}))
         if name == "pair_accuracy":
             result = judge("C4", parts[2])
             summary[-3]["verdict"] = result.verdict
