@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from rlhfscale import paths, study
 from rlhfscale.figures import Ledger
@@ -70,7 +71,8 @@ def figure(table: pd.DataFrame) -> Figure:
         axis.errorbar([row.estimate], [0], xerr=error, color=color, marker="o", capsize=2, elinewidth=1.4)
         premise = " (premise)" if parts["premise"].all() else ""
         axis.set_title(f"{claim}  {name}{premise}", fontsize=7)
-        axis.text(0.99, 0.9, row.verdict, transform=axis.transAxes, ha="right", va="top", fontsize=6.5, color=color)
+        axis.set_title(row.verdict, loc="right", fontsize=7, fontweight="normal", color=color)
+        axis.xaxis.set_major_locator(MaxNLocator(4))
         axis.set_yticks([])
         axis.tick_params(axis="x", labelsize=6)
         axis.spines["left"].set_visible(False)
