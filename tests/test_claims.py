@@ -122,9 +122,8 @@ def test_c9_is_a_test_for_equivalence(ends, verdict):
 
 @pytest.mark.parametrize("gain", [(0.0, 0.0), (0.005, 0.015), (-0.04, -0.02)])
 def test_c9_says_nothing_of_policies_that_learned_nothing(gain):
-    small, large = interval(-0.001, 0.001), interval(0.02, 0.03)
-    assert judge("C9", {"GRPO minus PPO": small, "PPO gain": interval(*gain)}).verdict == "inconclusive"
-    assert judge("C9", {"GRPO minus PPO": large, "PPO gain": interval(*gain)}).verdict == "contradicted"
+    for difference in (interval(-0.001, 0.001), interval(0.02, 0.03)):
+        assert judge("C9", {"GRPO minus PPO": difference, "PPO gain": interval(*gain)}).verdict == "inconclusive"
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.009, 0.03])
@@ -158,7 +157,7 @@ def test_an_equivalence_has_one_row_for_each_interval(tmp_path):
 
 
 def test_unknown_claims_are_refused():
-    with pytest.raises(ValueError, match=r"C99.*C1, C2, C5, C6, C9"):
+    with pytest.raises(ValueError, match=r"C99.*C1, C2, .*, C10"):
         judge("C99", YES)
 
 

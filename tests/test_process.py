@@ -274,7 +274,7 @@ def test_every_option_changes_what_is_learned(base, option):
 def test_responses_without_labels_are_left_out(base):
     data = planted(20, 0)
     data.labels[::2] = np.nan
-    seen = list(process._batches([data], 4, np.random.default_rng(0)))
+    seen = list(process.batches_of([data], 4, np.random.default_rng(0)))
     assert sum(len(batch) for batch in seen) == 10
     assert all((~np.isnan(batch.labels)).any(1).all() for batch in seen)
 

@@ -704,7 +704,7 @@ def test_a_batch_holds_each_informative_prompt_once_per_epoch():
     data = [planted(37, 0), planted(20, 1)]
     data[0].gold[:5] = 0.5  # nothing to compare
     seen = []
-    for batch in outcome._batches(
+    for batch in outcome.batches_of(
         [Labelled.from_responses(part) for part in data], 8, "pairs", np.random.default_rng(0)
     ):
         rows, ids = np.arange(len(batch)), batch.sequences.ids
@@ -730,7 +730,7 @@ def ragged():
 def test_batches_hold_the_responses_that_the_loss_can_use(loss, expected):
     data = ragged()
     found = []
-    for batch in outcome._batches([data], 1, loss, np.random.default_rng(0)):
+    for batch in outcome.batches_of([data], 1, loss, np.random.default_rng(0)):
         assert len(np.unique(batch.group)) == 1 and batch.group[0] == 0
         for row, length in zip(batch.sequences.ids, batch.sequences.lengths, strict=True):
             (index,) = (
@@ -746,7 +746,7 @@ def test_batches_hold_the_responses_that_the_loss_can_use(loss, expected):
 def test_groups_are_bucketed_by_their_longest_sequence(monkeypatch):
     seen, data = [], planted(20, 0)
     monkeypatch.setattr(outcome, "bucketed_batches", lambda lengths, *args: seen.append(lengths) or [])
-    list(outcome._batches([Labelled.from_responses(data)], 4, "both", np.random.default_rng(0)))
+    list(outcome.batches_of([Labelled.from_responses(data)], 4, "both", np.random.default_rng(0)))
     np.testing.assert_array_equal(seen[0], data.sequences()[1].max(1))
 
 

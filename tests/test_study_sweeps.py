@@ -82,7 +82,7 @@ def test_learning_rates_are_paired_with_the_common_one(tmp_path):
     P, made = planted(tmp_path, "00_learning_rates", lambda policy: 0.5 + 0.05 * (policy.policy_lr == 0.002))
     tables = study_sweeps.learning_rates(P, made)
     rows = tables.summary.set_index(["quantity", "algorithm", "rung", "policy_lr"])
-    assert len(tables.runs) == len(P.cells()) * 3 * 2
+    assert len(tables.runs) == len(P.cells()) * len(P.rates) * 2
     for algorithm, rung in P.cells():
         distance = rows.loc["minus_common", algorithm, rung]
         assert distance.loc[0.001, ["estimate", "ci_low", "ci_high"]].eq(0).all()
