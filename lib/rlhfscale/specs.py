@@ -5,7 +5,7 @@
 Nothing here imports torch: notebooks describe thousands of runs in a moment, and a plan costs nothing.
 """
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -74,33 +74,28 @@ class SFT(Spec):
         return f"sft {self.rung}"
 
 
-def _enough_data(spec: "AnyRewardModel") -> "AnyRewardModel":
-    most = sum(samples.num_prompts for samples in spec.data)
-    if spec.num_prompts > most:
-        raise ValueError(f"num_prompts: {spec.num_prompts} is more than the {most} labelled prompts of the data")
-    return spec
-
-
-class RewardModel(Spec):
-    """An outcome reward model: Bradley-Terry on the pairs within each prompt, started from an SFT model."""
-
-    stage: ClassVar[str] = "reward_model"
-    version: ClassVar[int] = 2
-    runner: ClassVar[str] = "rlhfscale.stages:reward_model"
+class _FromLabels(Spec):
+    """What every reward model is made from: labelled samples, and an SFT model to start from."""
 
     base: SFT
     data: tuple["Samples", ...]
     held_out: tuple["Samples", ...]
     num_prompts: int = Field(ge=1)
     epochs: int = Field(ge=1)
-    prompts_per_batch: int = Field(ge=1)
     lr: float = Field(gt=0)
     muon_lr: float = Field(gt=0)
     lora_rank: int = Field(ge=0)
-    readout: Literal["last", "sum"]
     seed: int = Field(ge=0)
 
-    _enough_data = model_validator(mode="after")(_enough_data)
+    useful: ClassVar[float] = 1.0
+    """Share of the responses that are computed in training, for estimates of cost."""
+
+    @model_validator(mode="after")
+    def _enough_data(self) -> Self:
+        most = sum(samples.num_prompts for samples in self.data)
+        if self.num_prompts > most:
+            raise ValueError(f"num_prompts: {self.num_prompts} is more than the {most} labelled prompts of the data")
+        return self
 
     @property
     def rung(self) -> str:
@@ -108,76 +103,53 @@ class RewardModel(Spec):
 
     @property
     def cost_s(self) -> float:
-        # half of the prompts teach nothing or repeat responses, and are not computed
-        sequences = self.num_prompts * self.epochs * self.data[0].num_samples / 2
+        sequences = self.useful * self.num_prompts * self.epochs * self.data[0].num_samples
         held_out = sum(samples.num_prompts * samples.num_samples for samples in self.held_out)
         return 1 + ladder.rung(self.rung).seconds(
             train_tokens=sequences * TOKENS_PER_DOCUMENT, forward_tokens=held_out * TOKENS_PER_DOCUMENT
         )
+
+
+class RewardModel(_FromLabels):
+    """An outcome reward model: Bradley-Terry on the pairs within each prompt, started from an SFT model."""
+
+    stage: ClassVar[str] = "reward_model"
+    version: ClassVar[int] = 2
+    runner: ClassVar[str] = "rlhfscale.stages:reward_model"
+    useful: ClassVar[float] = 0.5  # half of the prompts teach nothing or repeat responses, and are not computed
+
+    prompts_per_batch: int = Field(ge=1)
+    readout: Literal["last", "sum"]
 
     @property
     def title(self) -> str:
         return f"reward model {self.rung}, {self.num_prompts} prompts, seed {self.seed}"
 
 
-class ProcessRewardModel(Spec):
+class ProcessRewardModel(_FromLabels):
     """A process reward model: right or wrong for each step of single responses, started from an SFT model."""
 
     stage: ClassVar[str] = "process_reward_model"
     version: ClassVar[int] = 1
     runner: ClassVar[str] = "rlhfscale.stages:process_reward_model"
 
-    base: SFT
-    data: tuple["Samples", ...]
-    held_out: tuple["Samples", ...]
-    num_prompts: int = Field(ge=1)
-    epochs: int = Field(ge=1)
     responses_per_batch: int = Field(ge=1)
-    lr: float = Field(gt=0)
-    muon_lr: float = Field(gt=0)
-    lora_rank: int = Field(ge=0)
     aggregate: Literal["last", "min", "product"]
-    seed: int = Field(ge=0)
-
-    _enough_data = model_validator(mode="after")(_enough_data)
-
-    @property
-    def rung(self) -> str:
-        return self.base.rung
-
-    @property
-    def cost_s(self) -> float:
-        sequences = self.num_prompts * self.epochs * self.data[0].num_samples
-        held_out = sum(samples.num_prompts * samples.num_samples for samples in self.held_out)
-        return 1 + ladder.rung(self.rung).seconds(
-            train_tokens=sequences * TOKENS_PER_DOCUMENT, forward_tokens=held_out * TOKENS_PER_DOCUMENT
-        )
 
     @property
     def title(self) -> str:
         return f"process reward model {self.rung}, {self.num_prompts} prompts, seed {self.seed}"
 
 
-class MixedRewardModel(Spec):
+class MixedRewardModel(_FromLabels):
     """An outcome reward model from a mix of comparisons, right or wrong responses, and right or wrong steps."""
 
     stage: ClassVar[str] = "mixed_reward_model"
     version: ClassVar[int] = 1
     runner: ClassVar[str] = "rlhfscale.stages:mixed_reward_model"
 
-    base: SFT
-    data: tuple["Samples", ...]
-    held_out: tuple["Samples", ...]
-    num_prompts: int = Field(ge=1)
     mix: tuple[float, float, float]
-    epochs: int = Field(ge=1)
     prompts_per_batch: int = Field(ge=1)
-    lr: float = Field(gt=0)
-    muon_lr: float = Field(gt=0)
-    lora_rank: int = Field(ge=0)
-    seed: int = Field(ge=0)
-
-    _enough_data = model_validator(mode="after")(_enough_data)
 
     @field_validator("mix")
     @classmethod
@@ -185,18 +157,6 @@ class MixedRewardModel(Spec):
         if min(mix) < 0 or abs(sum(mix) - 1) > 1e-6:
             raise ValueError(f"mix: {mix} are not shares that sum to 1")
         return mix
-
-    @property
-    def rung(self) -> str:
-        return self.base.rung
-
-    @property
-    def cost_s(self) -> float:
-        sequences = self.num_prompts * self.epochs * self.data[0].num_samples
-        held_out = sum(samples.num_prompts * samples.num_samples for samples in self.held_out)
-        return 1 + ladder.rung(self.rung).seconds(
-            train_tokens=sequences * TOKENS_PER_DOCUMENT, forward_tokens=held_out * TOKENS_PER_DOCUMENT
-        )
 
     @property
     def title(self) -> str:

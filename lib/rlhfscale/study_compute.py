@@ -1,11 +1,12 @@
 """From artifacts to tidy tables, for the figure of `sweeps_compute`. Nothing here imports torch."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import pandas as pd
 
-from rlhfscale import compute, ladder, specs
+from rlhfscale import compute, specs
 from rlhfscale.results import summary_row
 from rlhfscale.stats.bootstrap import nested_bootstrap
 from rlhfscale.stats.claims import CLAIMS, judge
@@ -20,30 +21,24 @@ def compute_returns(P: ComputeReturns, folders: Folders) -> Tables:
     found = Collector(P, folders)
     costs = pd.concat([_pretraining_costs(P, folders), _rlhf_costs(P, folders)], ignore_index=True)
     flops = costs.groupby(["spent_on", "size"], sort=False)["flops"].sum()
-    accuracy = {
-        "pretraining": _sampled(P, found, [P.pretrained(size) for size in P.documents], "pretraining", P.documents),
-        "pretraining, by rung": _sampled(
-            P, found, [P.settings.sft(rung) for rung in P.ladder_rungs], "pretraining, by rung", _sizes(P)
-        ),
-        "RLHF": np.array([
-            found.after([P.policy(size, seed) for seed in P.seeds], spent_on="RLHF", size=size) for size in P.updates
-        ]),
-    }  # fmt: skip
-    slopes = {}
+    accuracy = {name: _sampled(P, found, name, models) for name, models in P.pretraining().items()}
+    trained = [[P.policy(size, seed) for seed in P.seeds] for size in P.updates]
+    accuracy["RLHF"] = np.array(
+        [found.after(policies, spent_on="RLHF", size=size) for size, policies in zip(P.updates, trained, strict=True)]
+    )
     for name, values in accuracy.items():
         x = flops[name].to_numpy()
         for place, size, interval in zip(x, flops[name].index, mean_intervals(values).split(), strict=True):
             found.summary.append(summary_row("sampled_exact", interval, spent_on=name, size=size, flops=place))
-        slope = nested_bootstrap(values, lambda m, x=x: slope_per_doubling(x, m), rng=new_rng(), on="means")
+        slope = nested_bootstrap(values, partial(slope_per_doubling, x), rng=new_rng(), on="means")
         found.summary.append(summary_row("slope", slope, spent_on=name))
         fit = fit_with_intervals(fit_slope, x, values, rng=new_rng())
         found.summary += [row | {"spent_on": name} for row in band_rows("slope_fit", "flops", fit, slope)]
         error = fit_with_intervals(fit_power_law, x, 1 - values, rng=new_rng())
         about = {"spent_on": name, "r2": error.r2_log}
         found.summary.append(summary_row("error_exponent", error.intervals["b"], **about))
-        slopes[name] = values, x
-    both = tuple(slopes[name][0] for name in ("pretraining", "RLHF"))
-    axes = [slopes[name][1] for name in ("pretraining", "RLHF")]
+    both = tuple(accuracy[name] for name in ("pretraining", "RLHF"))
+    axes = [flops[name].to_numpy() for name in ("pretraining", "RLHF")]
     parts = nested_bootstrap(both, lambda means: _compared(axes, means), rng=new_rng(), on="means").split()
     result = judge("C10", dict(zip(CLAIMS["C10"].rule.intervals, parts, strict=True)))
     found.summary.append(summary_row("slope_difference", parts[0]) | {"verdict": result.verdict})
@@ -56,17 +51,10 @@ def _compared(axes: Sequence[np.ndarray], means: tuple[np.ndarray, np.ndarray]) 
     return np.array([pretraining - rlhf, pretraining])
 
 
-def _sizes(P: ComputeReturns) -> list[int]:
-    return [ladder.rung(rung).num_params for rung in P.ladder_rungs]
-
-
-def _sampled(
-    P: ComputeReturns, found: Collector, models: Sequence[specs.SFT], spent_on: str, sizes: Sequence[int]
-) -> np.ndarray:
-    """Accuracy of models that were only pretrained and fine-tuned, float64 [model, seed, prompt]; seeds are those of
-    the evaluation."""
+def _sampled(P: ComputeReturns, found: Collector, spent_on: str, models: Mapping[int, specs.SFT]) -> np.ndarray:
+    """Accuracy of models by size, float64 [model, seed, prompt]; seeds are those of the evaluation."""
     cells = []
-    for model, size in zip(models, sizes, strict=True):
+    for size, model in models.items():
         about = {"stage": "sft", "spent_on": spent_on, "size": size}
         cells.append([found.sampled(P.sampled(model, seed), seed, rung=model.rung, **about) for seed in P.seeds])
     return np.array(cells)
@@ -74,11 +62,8 @@ def _sampled(
 
 def _pretraining_costs(P: ComputeReturns, folders: Folders) -> pd.DataFrame:
     rows = []
-    for spent_on, sizes, models in (
-        ("pretraining", P.documents, [P.pretrained(size) for size in P.documents]),
-        ("pretraining, by rung", _sizes(P), [P.settings.sft(rung) for rung in P.ladder_rungs]),
-    ):
-        for size, model in zip(sizes, models, strict=True):
+    for spent_on, models in P.pretraining().items():
+        for size, model in models.items():
             last = pd.read_csv(folders[model.base] / "loss.csv").iloc[-1]
             rows.append({"spent_on": spent_on, "size": size, "part": "pretraining", "flops": last["flops"]})
     return pd.DataFrame(rows)

@@ -5,7 +5,6 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 
-from rlhfscale.evals import best_of_n as bon
 from rlhfscale.results import summary_row
 from rlhfscale.stats.bootstrap import Interval, bootstrap, nested_bootstrap
 from rlhfscale.stats.claims import CLAIMS, MIX_CONFIDENCE, MIX_CONTRASTS, judge
@@ -19,9 +18,8 @@ from rlhfscale.study import (
     new_rng,
     per_prompt_table,
     read_responses,
-    read_scores,
 )
-from rlhfscale.study_sweeps import Collector, last_updates, pair_accuracy
+from rlhfscale.study_sweeps import Collector, best_of_n_gain, last_updates, pair_accuracy
 from rlhfscale.sweeps_data import CORNERS, KINDS, DataComposition, Mix, PromptsOrResponses, TrainingData
 
 NO_INTERVAL = {"ci_low": np.nan, "ci_high": np.nan}
@@ -127,17 +125,15 @@ def prompts_or_responses(P: PromptsOrResponses, folders: Folders) -> Tables:
     """C4: accuracy within a prompt and best-of-N by cell, and what a doubling of prompts and of responses brings."""
     rows, summary, prompts = Runs(P), [], []
     drawn = read_responses(folders, P.samples)
-    single = drawn.exact.mean(1)
     values = {"pair_accuracy": [], "best_of_n_gain": []}
     for labels, responses in P.cells():
         about = {"labels": labels, "responses_per_prompt": responses, "labelled_prompts": labels // responses}
         by_seed = {name: [] for name in values}
         for seed in P.seeds:
             model, scores = P.reward_model(labels, responses, seed), P.scores(labels, responses, seed)
-            best = bon.best_of_n(drawn.exact, read_scores(folders, scores), [P.best_of])[:, 0]
             for name, spec, found in (
                 ("pair_accuracy", model, pair_accuracy(folders, model)),
-                ("best_of_n_gain", scores, best - single),
+                ("best_of_n_gain", scores, best_of_n_gain(folders, scores, drawn.exact, P.best_of)),
             ):
                 rows.add(
                     spec, {name: found.mean()}, rung=P.reward_model_rung, seed=seed, num_prompts=len(found), **about
@@ -152,12 +148,13 @@ def prompts_or_responses(P: PromptsOrResponses, folders: Folders) -> Tables:
             about = {"labels": labels, "responses_per_prompt": responses, "labelled_prompts": labels // responses}
             summary.append(summary_row(name, interval, **about))
         parts = nested_bootstrap(cells, lambda means: doublings(P, means), rng=new_rng(), on="means").split()
-        for effect, part in zip(("prompts", "responses", "difference", "interaction", "r2"), parts, strict=True):
-            row = summary_row(f"{name}_{effect}", part)
-            summary.append(row | (NO_INTERVAL if effect == "r2" else {}))
+        effects = dict(zip(("prompts", "responses", "difference", "interaction", "r2"), parts, strict=True))
+        rows_of = {effect: summary_row(f"{name}_{effect}", part) for effect, part in effects.items()}
+        rows_of["r2"] |= NO_INTERVAL
         if name == "pair_accuracy":
-            result = judge("C4", parts[2])
-            summary[-3]["verdict"] = result.verdict
+            result = judge("C4", effects["difference"])
+            rows_of["difference"]["verdict"] = result.verdict
+        summary += rows_of.values()
     return Tables(rows.table(), pd.DataFrame(summary), pd.concat(prompts, ignore_index=True), (result,))
 
 
@@ -179,16 +176,17 @@ def data_composition(P: DataComposition, folders: Folders) -> Tables:
     budget brings to each."""
     found = Collector(P, folders)
     drawn = read_responses(folders, P.samples)
-    single, values = drawn.exact.mean(1), {}
+    values = {}
     for mix, prompts in P.cells():
         about = _shares(mix) | {"labelled_prompts": prompts}
         for seed in P.seeds:
             model, scores = P.reward_model(mix, prompts, seed), P.scores(mix, prompts, seed)
-            best = bon.best_of_n(drawn.exact, read_scores(folders, scores), [P.best_of])[:, 0]
-            values.setdefault(("pair_accuracy", mix, prompts), []).append(pair_accuracy(folders, model))
-            values.setdefault(("best_of_n_gain", mix, prompts), []).append(best - single)
-            found.add(model, seed, "pair_accuracy", values["pair_accuracy", mix, prompts][-1], **about)
-            found.add(scores, seed, "best_of_n_gain", best - single, **about)
+            for name, spec, value in (
+                ("pair_accuracy", model, pair_accuracy(folders, model)),
+                ("best_of_n_gain", scores, best_of_n_gain(folders, scores, drawn.exact, P.best_of)),
+            ):
+                values.setdefault((name, mix, prompts), []).append(value)
+                found.add(spec, seed, name, value, **about)
     for (name, mix, prompts), by_seed in values.items():
         interval = mean_intervals(np.array(by_seed)[None]).split()[0]
         found.summary.append(summary_row(name, interval, **_shares(mix), labelled_prompts=prompts))

@@ -4,14 +4,13 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from rlhfscale import ladder
-from rlhfscale.evals import best_of_n as bon
 from rlhfscale.recipe import FAMILIES
 from rlhfscale.results import summary_row
 from rlhfscale.stats.bootstrap import nested_bootstrap
 from rlhfscale.stats.claims import CLAIMS, judge
 from rlhfscale.stats.fits import slope_per_doubling
-from rlhfscale.study import Folders, Tables, mean_intervals, new_rng, read_responses, read_scores
-from rlhfscale.study_sweeps import Collector
+from rlhfscale.study import Folders, Tables, mean_intervals, new_rng, read_responses
+from rlhfscale.study_sweeps import Collector, best_of_n_gain
 from rlhfscale.sweeps_process import EVERY, KINDS, TRAINED_ON, ProcessSupervision
 
 ROLES = ("own", "other", EVERY)
@@ -48,18 +47,18 @@ def process_supervision(P: ProcessSupervision, folders: Folders) -> Tables:
 
 def _gains(P: ProcessSupervision, kind: str, found: Collector, exact: np.ndarray, family: np.ndarray) -> np.ndarray:
     """Best-of-N above one response, float64 [role, rung, seed, prompt]; adds rows by family and training data."""
-    single, by_data = exact.mean(1), {}
+    by_data = {}
     for rung in P.reward_model_rungs:
         for trained_on in TRAINED_ON:
             for seed in P.seeds:
                 spec = P.scores(kind, rung, trained_on, seed)
-                gain = bon.best_of_n(exact, read_scores(found.folders, spec), [P.best_of])[:, 0] - single
+                gain = best_of_n_gain(found.folders, spec, exact, P.best_of)
                 by_data[rung, trained_on, seed] = gain
                 about = {"kind": kind, "data": trained_on, "reward_model": rung}
                 about |= {"reward_model_params": ladder.rung(rung).num_params}
                 found.add(spec, seed, "best_of_n_gain", gain, **about)
-    values = np.empty((len(ROLES), len(P.reward_model_rungs), len(P.seeds), len(single)))
-    at = family, np.arange(len(single))
+    values = np.empty((len(ROLES), len(P.reward_model_rungs), len(P.seeds), len(exact)))
+    at = family, np.arange(len(exact))
     for r, rung in enumerate(P.reward_model_rungs):
         for s, seed in enumerate(P.seeds):
             of = {name: by_data[rung, name, seed] for name in TRAINED_ON}

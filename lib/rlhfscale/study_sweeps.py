@@ -13,7 +13,7 @@ from rlhfscale import ladder
 from rlhfscale.evals import best_of_n as bon
 from rlhfscale.results import summary_row
 from rlhfscale.spec import Spec
-from rlhfscale.specs import Policy, RewardModel, Samples
+from rlhfscale.specs import Policy, RewardModel, Samples, Scores
 from rlhfscale.stats.bootstrap import bootstrap, nested_bootstrap
 from rlhfscale.stats.claims import CLAIMS, EQUIVALENCE_MARGIN, ClaimResult, judge
 from rlhfscale.stats.fits import fit_slope, fit_with_intervals, slope_per_doubling
@@ -41,15 +41,13 @@ def reward_model_size(P: RewardModelSize, folders: Folders) -> Tables:
     rungs, sizes = P.reward_model_rungs, [ladder.rung(rung).num_params for rung in P.reward_model_rungs]
     about = {rung: {"reward_model": rung, "reward_model_params": size} for rung, size in zip(rungs, sizes, strict=True)}
     drawn, before = read_responses(folders, P.samples), found.before()
-    single = drawn.exact.mean(1)
     pairs, best, after = [], [], []
     for rung in rungs:
         accuracy = {seed: pair_accuracy(folders, P.reward_model(rung, seed)) for seed in P.seeds}
         for seed, values in accuracy.items():
             found.add(P.reward_model(rung, seed), seed, "pair_accuracy", values, rung=rung, **about[rung])
         pairs.append([*accuracy.values()])
-        gain = [bon.best_of_n(drawn.exact, read_scores(folders, P.scores(rung, seed)), [P.best_of])[:, 0] - single
-                for seed in P.seeds]  # fmt: skip
+        gain = [best_of_n_gain(folders, P.scores(rung, seed), drawn.exact, P.best_of) for seed in P.seeds]
         for seed, values in zip(P.seeds, gain, strict=True):
             found.add(P.scores(rung, seed), seed, "best_of_n_gain", values, num_responses=P.best_of, **about[rung])
         best.append(gain)
@@ -78,6 +76,12 @@ def reward_model_size(P: RewardModelSize, folders: Folders) -> Tables:
     result = judge("C2", intervals)
     found.summary.append(summary_row("slope_difference", difference) | {"verdict": result.verdict})
     return found.tables(result)
+
+
+def best_of_n_gain(folders: Folders, scores: Scores, exact: np.ndarray, size: int) -> np.ndarray:
+    """What best-of-N by a reward model's scores gains over one response, float64 [prompt]; ``exact`` is
+    [prompt, sample]."""
+    return bon.best_of_n(exact, read_scores(folders, scores), [size])[:, 0] - exact.mean(1)
 
 
 def pair_accuracy(folders: Folders, spec: RewardModel) -> np.ndarray:

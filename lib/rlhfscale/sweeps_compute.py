@@ -4,7 +4,7 @@ from typing import ClassVar, Self
 
 from pydantic import model_validator
 
-from rlhfscale import specs
+from rlhfscale import ladder, specs
 from rlhfscale.figures import check_rungs
 from rlhfscale.params import field
 from rlhfscale.spec import Spec
@@ -47,6 +47,15 @@ class ComputeReturns(OnePolicy):
         sft = self.settings.sft(self.policy_rung)
         return sft.changed(base=sft.base.changed(num_documents=documents))
 
+    def pretraining(self) -> dict[str, dict[int, specs.SFT]]:
+        """The models that were only pretrained and fine-tuned: by documents, and by the rung's parameters."""
+        return {
+            "pretraining": {size: self.pretrained(size) for size in self.documents},
+            "pretraining, by rung": {
+                ladder.rung(name).num_params: self.settings.sft(name) for name in self.ladder_rungs
+            },
+        }
+
     def sampled(self, sft: specs.SFT, seed: int) -> specs.Samples:
         return self.settings.evaluation(sft, seed)
 
@@ -65,7 +74,7 @@ class ComputeReturns(OnePolicy):
         return tuple(self.policy(size, seed) for size in self.updates for seed in self.seeds)
 
     def specs(self) -> tuple[Spec, ...]:
-        models = [*map(self.pretrained, self.documents), *map(self.settings.sft, self.ladder_rungs)]
+        models = [model for by_size in self.pretraining().values() for model in by_size.values()]
         sampled = [self.sampled(model, seed) for model in models for seed in self.seeds]
         # their compute is counted too
         counted = [model.base for model in models]
