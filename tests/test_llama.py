@@ -157,8 +157,8 @@ def test_computing_in_bfloat16_leaves_weights_adapters_and_head_in_float32():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_long_sequences_compute_their_attention_again(dtype, monkeypatch):
     """Probabilities are kept up to a length and formed again in the backward pass beyond: same numbers."""
-    formed, form = [], llama.Layer.probabilities
-    monkeypatch.setattr(llama.Layer, "probabilities", lambda *a: (formed.append(1), form(*a))[1])
+    formed, form = [], llama.Layer.attend
+    monkeypatch.setattr(llama.Layer, "attend", lambda *a: (formed.append(1), form(*a))[1])
     for longest, again in ((12, False), (200, True)):
         ours, exact, plain = pair(language_model(num_key_value_heads=2, scale=2.0).to(dtype))
         ids, mask, slope = batch(rows=3, longest=longest)
@@ -362,8 +362,61 @@ def test_other_layers_are_not_fused_and_still_right(kind, changes):
         assert all(relative(grads[name], wanted[name]) < 3e-5 for name in wanted)
 
 
-def test_trainable_weights_and_half_precision_are_not_fused():
+def test_what_is_trained_in_part_and_half_precision_are_not_fused():
     trunk = models.trunk(tiny.model())
+    assert llama.fused(trunk) is not None
+    trunk.norm.requires_grad_(False)
     assert llama.fused(trunk) is None
     assert llama.fused(trunk.requires_grad_(False)) is not None
     assert llama.fused(trunk.half()) is None
+    assert llama.fused(models.trunk(language_model(attention_bias=True).requires_grad_(True))) is None
+    assert llama.fused(models.trunk(language_model(attention_dropout=0.1).requires_grad_(False))) is None
+
+
+# --- all weights trained ---
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("biases", "qwen2")])
+def test_gradients_of_all_weights_equal_transformers(kind):
+    model = language_model(KINDS[kind][0], **KINDS[kind][1]).requires_grad_(True)
+    exact = copy.deepcopy(model).double()
+    ids, mask, slope = batch()
+    where = mask & (torch.rand(mask.shape, generator=torch.Generator().manual_seed(2)) < 0.4)
+    form = llama.form_of(model)
+    states = form.hidden_at(ids, where, None, mask.sum(1))
+    expected = models.trunk(exact)(input_ids=ids, use_cache=False).last_hidden_state[where]
+    assert relative(states, expected) < 3e-6
+    (states * slope[where]).sum().backward()
+    (expected * slope[where]).sum().backward()
+    wanted = {name: parameter.grad for name, parameter in models.trunk(exact).named_parameters()}
+    for name, parameter in models.trunk(model).named_parameters():
+        assert relative(parameter.grad, wanted[name]) < 2e-5, name
+
+
+def test_a_form_follows_its_weights(tmp_path):
+    """Trained in place it computes with the new ones; replaced, frozen or copied it is made anew; saved they are
+    whole."""
+    model = tiny.model().requires_grad_(True)
+    ids, mask, _ = batch(width=32)
+    ids = ids % 30
+    read = (ids, mask, None, mask.sum(1))
+
+    def own():
+        return models.trunk(model)(input_ids=ids, use_cache=False).last_hidden_state[mask]
+
+    first = llama.form_of(model)
+    assert llama.form_of(model) is first
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.ones_like(parameter))
+    assert llama.form_of(model) is first and relative(first.hidden_at(*read), own()) < 3e-6
+    with torch.no_grad():
+        weight = models.trunk(model).layers[0].mlp.up_proj.weight
+        weight.data = weight.data * 2
+    assert llama.form_of(model) is not first and relative(llama.form_of(model).hidden_at(*read), own()) < 3e-6
+    model.requires_grad_(False)
+    assert not llama.form_of(model).hidden_at(*read).requires_grad
+    other = copy.deepcopy(model)
+    assert llama.form_of(other) is not llama.form_of(model)
+    model.save_pretrained(tmp_path)
+    assert tiny.equal(tiny.weights(type(model).from_pretrained(tmp_path)), tiny.weights(model))

@@ -40,7 +40,7 @@ def test_every_token_is_found_where_source_says():
 def test_a_token_sees_its_own_sequence_so_far_and_nothing_else():
     ids, prompt_lengths, lengths = sequences()
     packed = packing.pack(ids, prompt_lengths, lengths)
-    visible = packed.bias(torch.float32) == 0
+    visible = packing.bias(packed.segment, torch.float32) == 0
     width = packed.ids.shape[1]
     for row in range(len(ids)):
         source = packed.source[row, : lengths[row]].tolist()
@@ -70,18 +70,43 @@ def test_states_and_gradients_are_those_of_each_sequence_alone(kind, role):
     real = torch.arange(ids.shape[1]) < lengths[:, None]
     slope = torch.randn(int(real.sum()), 32, generator=torch.Generator().manual_seed(1))
 
-    def run(*how):
+    def run(read):
         model.zero_grad()
-        states = model.hidden(ids, role, *how)[real]
+        states = read()
         if role != REFERENCE:
             (states * slope).sum().backward()
         return states.detach(), tiny_rl.gradients(model)
 
     assert packing.pack(ids, prompt_lengths, lengths) is not None
-    (expected, by_sequence), (found, shared) = run(), run(prompt_lengths, lengths)
+    expected, by_sequence = run(lambda: model.hidden(ids, role)[real])
+    found, shared = run(lambda: model.hidden_at(ids, real, role, prompt_lengths, lengths))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     if role != REFERENCE:
         assert tiny_rl.relative(shared, by_sequence) < 1e-5
+
+
+@pytest.mark.parametrize("a_part", [0, 5, 10**9])
+@pytest.mark.parametrize("tokens", [1, 30, 10**9])
+def test_no_cheaper_cuts_exist(tokens, a_part):
+    """Against every way to cut items in the order of their widths."""
+    rng = np.random.default_rng(0)
+
+    def cost(parts):
+        return sum(len(part) * widths[part].max() + a_part for part in parts)
+
+    def fits(part):
+        return len(part) == 1 or len(part) * widths[part].max() <= tokens
+
+    for _ in range(20):
+        widths = rng.integers(1, 9, 8)
+        found = packing.cut(widths, tokens, a_part)
+        order = np.concatenate(found)
+        np.testing.assert_array_equal(widths[order], np.sort(widths))
+        assert sorted(order) == list(range(8)) and all(map(fits, found))
+        ways = (np.split(order, [i for i in range(1, 8) if way >> (i - 1) & 1]) for way in range(2**7))
+        least = min(cost(parts) for parts in ways if all(map(fits, parts)))
+        # equal widths stay together unless they exceed the limit: at most a part's cost more than the best of all
+        assert least <= cost(found) <= least + (a_part if tokens == 30 else 0)
 
 
 @pytest.mark.parametrize("algorithm", [PPO, GRPO])

@@ -1,6 +1,5 @@
 """The outcome reward model: where the score is read, padding, other tokenizers, saving, training, what it learns."""
 
-import itertools
 import math
 
 import numpy as np
@@ -185,7 +184,7 @@ def made_of(prompts, lengths):
     )
 
 
-def test_micro_batches_hold_similar_lengths_and_few_tokens(monkeypatch):
+def test_micro_batches_hold_similar_lengths_and_few_tokens():
     lengths = np.random.default_rng(0).integers(3, 40, 200)
     data = made_of(np.arange(200), lengths)
     batches = list(scorer.micro_batches(data, 100))
@@ -193,14 +192,7 @@ def test_micro_batches_hold_similar_lengths_and_few_tokens(monkeypatch):
     sizes = [len(batch) * lengths[batch].max() for batch in batches]
     assert max(sizes) <= 100 and len(batches) > 30
     assert (np.diff(lengths[np.concatenate(batches)]) >= 0).all()
-    for batch, following in itertools.pairwise(batches):
-        assert (len(batch) + 1) * lengths[following[0]] > 100  # no batch could have taken one more
     assert [len(batch) for batch in scorer.micro_batches(data, 1)] == [1] * 200
-    batches = list(scorer.micro_batches(data, 10**6))  # a batch that is large enough takes no much longer sequence
-    sizes = np.array([len(batch) * lengths[batch].max() for batch in batches])
-    assert (sizes[:-1] >= scorer.ENOUGH_TOKENS).all() and sizes.sum() < 1.15 * lengths.sum()
-    monkeypatch.setattr(scorer, "ENOUGH_TOKENS", 10**9)
-    assert len(list(scorer.micro_batches(data, 10**6))) == 1
 
 
 def test_micro_batches_keep_responses_to_one_prompt_together():
@@ -214,8 +206,8 @@ def test_micro_batches_keep_responses_to_one_prompt_together():
 
 def test_micro_batches_compute_less_padding(base, monkeypatch):
     model, data, computed = new_scorer(base), sequences(60), []
+    monkeypatch.setattr(scorer.llama, "form_of", lambda model: None)  # its layers cut by themselves
     monkeypatch.setattr(model.model, "forward", spy(model.model.forward, computed))
-    monkeypatch.setattr(scorer, "ENOUGH_TOKENS", 10**9)
     for tokens in (10**6, 200):
         computed.clear()
         scores_of(model, data, tokens_per_micro_batch=tokens)
@@ -223,7 +215,7 @@ def test_micro_batches_compute_less_padding(base, monkeypatch):
             assert len(computed) > 3 and max(computed) <= 200
             assert data.lengths.sum() <= sum(computed) < 1.1 * data.lengths.sum()
         else:
-            assert computed == [data.ids.size] and data.ids.size > 1.3 * data.lengths.sum()
+            assert len(computed) < 4 and sum(computed) < data.ids.size and data.ids.size > 1.3 * data.lengths.sum()
 
 
 def spy(forward, computed):

@@ -1,6 +1,7 @@
 """The figures' parameters: what each notebook varies, and the specs that follow from it."""
 
 import os
+from itertools import product
 from typing import ClassVar, Self
 
 from pydantic import model_validator
@@ -107,16 +108,27 @@ class PolicySize(StudyFigure):
     claims: ClassVar[tuple[str, ...]] = ("C1",)
 
     policy_rungs: tuple[str, ...] = field(role="scientific", min_length=2, doc="rungs of the policies")
-    reward_model_rung: str = field(role="fixed", doc="rung of the reward model")
+    reward_model_rung: str = field(role="fixed", doc="rung of the reward model that the verdict rests on")
+    other_rungs: tuple[str, ...] = field(role="fixed", doc="further reward models, each fixed in its turn: side checks")
+    other_seeds: tuple[int, ...] = field(role="fixed", doc="seeds of the side checks, some of seeds")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         check_rungs("policy_rungs", self.policy_rungs)
         check_rungs("reward_model_rung", (self.reward_model_rung,))
+        check_rungs("other_rungs", self.other_rungs)
+        if self.reward_model_rung in self.other_rungs:
+            raise ValueError(f"other_rungs: {self.reward_model_rung} is the reward_model_rung already")
+        if self.other_rungs and (len(set(self.other_seeds)) < 2 or not set(self.other_seeds) <= set(self.seeds)):
+            raise ValueError(f"other_seeds: {list(self.other_seeds)} must be at least 2 of seeds {list(self.seeds)}")
         return self
 
-    def policy(self, rung: str, seed: int) -> specs.Policy:
-        return self.settings.policy(rung, self.reward_model_rung, seed)
+    def policy(self, rung: str, seed: int, reward_model_rung: str | None = None) -> specs.Policy:
+        return self.settings.policy(rung, reward_model_rung or self.reward_model_rung, seed)
+
+    def other(self, reward_model_rung: str, rung: str, seed: int) -> specs.Samples:
+        """Sampled responses of a policy that was trained against another reward model."""
+        return self.settings.evaluation(self.policy(rung, seed, reward_model_rung), seed)
 
     def evaluations(self, stage: str, rung: str, seed: int) -> tuple[specs.Samples, specs.Samples]:
         """Sampled and greedy responses before (``sft``) or after (``ppo``) training."""
@@ -132,7 +144,8 @@ class PolicySize(StudyFigure):
             for item in self.evaluations(stage, rung, seed)
         ]
         trained = [self.policy(rung, seed) for rung in self.policy_rungs for seed in self.seeds]
-        return tuple(dict.fromkeys([*found, *trained]))
+        others = [self.other(*cell) for cell in product(self.other_rungs, self.policy_rungs, self.other_seeds)]
+        return tuple(dict.fromkeys([*found, *trained, *others]))
 
 
 class TestBed(StudyFigure):
@@ -184,9 +197,8 @@ class TestBed(StudyFigure):
 
     def gains(self) -> PolicySize:
         """The policies of the gain condition, as the figure of C1 describes them."""
-        return PolicySize(
-            recipe=self.recipe, seeds=self.seeds, policy_rungs=self.gain_rungs, reward_model_rung=self.data_rung
-        )
+        fixed = {"reward_model_rung": self.data_rung, "other_rungs": (), "other_seeds": ()}
+        return PolicySize(recipe=self.recipe, seeds=self.seeds, policy_rungs=self.gain_rungs, **fixed)
 
     def specs(self) -> tuple[Spec, ...]:
         recipe = self.settings

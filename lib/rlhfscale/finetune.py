@@ -10,7 +10,7 @@ from rlhfscale.lm import warmup_stable_decay
 from rlhfscale.models import POLICY
 from rlhfscale.networks import SharedBase
 from rlhfscale.rl.learner import Learner
-from rlhfscale.rl.logprobs import token_logprobs
+from rlhfscale.rl.logprobs import response_tokens, token_logprobs
 from rlhfscale.sequences import Sequences
 
 
@@ -61,9 +61,7 @@ def response_loss(networks: SharedBase, batch: Sequences) -> torch.Tensor:
     ids, prompt_lengths, lengths = (
         torch.from_numpy(x).to(device) for x in (batch.ids, batch.prompt_lengths, batch.lengths)
     )
-    column = torch.arange(ids.shape[1], device=device)
-    response = (column >= prompt_lengths[:, None]) & (column < lengths[:, None])
-    hidden = networks.hidden(ids, POLICY, prompt_lengths, lengths)
-    before = response.roll(-1, 1)  # the state that predicts a token is the one before it
-    logprobs, _ = token_logprobs(hidden[before], networks.output_head(POLICY), ids[response], 1.0)
+    response, before = response_tokens(ids, prompt_lengths, lengths)
+    states = networks.hidden_at(ids, before, POLICY, prompt_lengths, lengths)
+    logprobs, _ = token_logprobs(states, networks.output_head(POLICY), ids[response], 1.0)
     return -logprobs.mean()

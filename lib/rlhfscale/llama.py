@@ -1,32 +1,42 @@
-"""The Llama decoder on a CPU, one autograd node for each layer, for training LoRA adapters and for decoding.
+"""The Llama decoder on a CPU, one autograd node for each layer: for training LoRA adapters or all weights, for scores,
+and for decoding.
 
 transformers' layer is some 60 operations, each with a node, a result to keep and its own pass over memory. For models
 of this study's size, and for bfloat16, that is where the time goes. Here a layer's forward and backward pass are
 written out with what they share: three products of one input as one (`lora.Projection`), both rotations as one, norms
-and gates recomputed rather than kept. The model is transformers' own and its weights stay where they are; a test holds
-values and gradients against transformers' and PEFT's.
+and gates recomputed rather than kept. Sequences are cut into parts of similar length, equal prompts are computed once,
+and the last layer after its attention only where somebody reads it. The model is transformers' own and its weights stay
+where they are; a test holds values and gradients against transformers' and PEFT's.
 
 Measured with torch 2.13: bfloat16's fused attention has a backward pass five times slower than the products it fuses,
 so attention is written out too. Probabilities are kept where they are no larger than a layer's other activations.
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaModel, MistralModel, PreTrainedConfig, PreTrainedModel, Qwen2Model
 
+from rlhfscale import packing
 from rlhfscale.lora import Projection, head_product
-from rlhfscale.packing import Packed
 
 SUPPORTED = (LlamaModel, MistralModel, Qwen2Model)
 SMALL_PRODUCT = 400
 """Multiplications up to which torch.bmm runs a plain loop, up to five times slower than the library beyond it."""
 CACHED_TOKENS = 2304
 """Tokens in one pass through the layers: intermediate results of more leave a core's caches."""
+A_PART = 32
+"""What the attention of one more part costs, in tokens (see `packing.cut`)."""
+LANES = 16
+"""Keys below which torch.softmax runs a plain loop, up to ten times slower than for this many."""
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -41,7 +51,7 @@ def _normed(x, scale, weight):
 
 
 def rms_norm_backward(grad, x, scale, weight):
-    """The gradient of x, of `rms_norm` with a frozen weight."""
+    """The gradient of x, of `rms_norm`."""
     grad = grad * weight
     along = (grad * x).sum(-1, keepdim=True, dtype=torch.float32).mul_(scale.square()).div_(x.shape[-1])
     return grad.addcmul_(x, along.to(x.dtype), value=-1).mul_(scale.to(x.dtype))
@@ -66,15 +76,28 @@ class Layer:
         self.down = Projection([mlp.down_proj], move)
         norms = layer.input_layernorm, layer.post_attention_layernorm
         self.norms = [(norm.weight.detach().to(dtype), norm.variance_epsilon) for norm in norms]
+        self.trained = [norm.weight for norm in norms if norm.weight.requires_grad]
+        self.projections = self.qkv, self.out, self.gate_up, self.down
         self.heads, self.kv_heads, self.size = heads, kv_heads, size
 
     def parameters(self, name: str | None) -> list[torch.Tensor]:
-        return [p for projection in (self.qkv, self.out, self.gate_up, self.down) for p in projection.parameters(name)]
+        """What gets gradients: an adapter's matrices, or all weights where they are trained."""
+        return [p for projection in self.projections for p in projection.parameters(name)] + self.trained
 
-    def split(self, qkv: torch.Tensor, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """[token, out] -> queries and keys together [head + kv head, batch, length, size]; values [kv head, ...]."""
-        by_head = qkv.view(batch, -1, self.heads + 2 * self.kv_heads, self.size).permute(2, 0, 1, 3)
-        return by_head[: self.heads + self.kv_heads], by_head[self.heads + self.kv_heads :]
+    def norm_gradients(self, *pairs: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> list[torch.Tensor]:
+        """Of the two norms' weights, from the gradient of what each put out, its input and its scale."""
+        if not self.trained:
+            return []
+        return [(grad * x * scale.to(x.dtype)).sum(0) for grad, x, scale in pairs]
+
+    @property
+    def queries_and_keys(self) -> int:
+        """Columns of the joint product before the values."""
+        return (self.heads + self.kv_heads) * self.size
+
+    def by_head(self, x: torch.Tensor, batch: int) -> torch.Tensor:
+        """[token, heads x size] -> a view [heads, batch, length, size]."""
+        return x.view(batch, len(x) // batch, -1, self.size).permute(2, 0, 1, 3)
 
     def grouped(self, kv: torch.Tensor) -> torch.Tensor:
         """Keys or values [kv head, batch, ...] repeated for the heads that share them, [head x batch, length, size]."""
@@ -83,53 +106,83 @@ class Layer:
 
     def ungrouped(self, grad: torch.Tensor, batch: int) -> torch.Tensor:
         """The transpose of `grouped`: sums over the heads that share a key or value."""
-        by_head = grad.view(self.heads, batch, *grad.shape[1:])
+        by_head = _unflat(grad, batch)
         return by_head if self.heads == self.kv_heads else by_head.unflatten(0, (self.kv_heads, -1)).sum(1)
-
-    def probabilities(self, qk: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        """[head x batch, query, key]; ``bias`` is 0 where a query sees a key, else very negative."""
-        q, k = qk[: self.heads].flatten(0, 1), self.grouped(qk[self.heads :])
-        return self.attend(q, k, bias)
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         scores = torch.baddbmm(bias.expand(len(q), q.shape[1], k.shape[1]), q, k.mT, alpha=self.size**-0.5)
         return torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype)  # faster than in bfloat16, and no less exact
 
 
+@dataclass(frozen=True)
+class Part:
+    """Sequences of one length among the tokens of a pass.
+
+    Attributes:
+        tokens: where they are, one sequence after the other.
+        batch: how many.
+        bias: [1 or head x batch, query, key], 0 where a query sees a key, else -inf; at least `LANES` keys.
+    """
+
+    tokens: slice
+    batch: int
+    bias: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Tokens that go through the layers together; only their attention knows of sequences.
+
+    Attributes:
+        ids: int64 [token].
+        position: int64 [token], in its sequence.
+        parts: the sequences.
+        read: int64, the tokens whose last states are asked for.
+        found: int64, where these are among all that `FusedLlama.hidden_at` was given.
+    """
+
+    ids: torch.Tensor
+    position: torch.Tensor
+    parts: list[Part]
+    read: torch.Tensor
+    found: torch.Tensor
+
+
 class LayerPass(torch.autograd.Function):
-    """One layer of float [batch, length, width] with causal attention; gradients for the input and the adapter."""
+    """One layer of float [token, width]; gradients for the input and for `Layer.parameters`.
+
+    With ``read``, int64 [position], the output is [position, width]: that of these tokens alone.
+    """
 
     @staticmethod
-    def forward(ctx, x, layer: Layer, name, cos, sin, bias, *matrices):
-        batch, flat = len(x), x.reshape(-1, x.shape[-1])
-        h, scale1 = rms_norm(flat, *layer.norms[0])
+    def forward(ctx, x, layer: Layer, name, cos, sin, parts: list[Part], read, *matrices):
+        h, scale1 = rms_norm(x, *layer.norms[0])
         qkv, low_qkv = layer.qkv.forward(h, name)
-        qk, v = layer.split(qkv, batch)
-        qk = rotate(qk, cos, sin)
-        p = layer.probabilities(qk, bias)
-        mixed = _by_token(torch.bmm(p, layer.grouped(v)), batch)
+        qk = rotate(qkv[:, : layer.queries_and_keys].unflatten(1, (-1, layer.size)), cos, sin).flatten(1)
+        mixed, chances = _attention(layer, qkv, qk, parts)
+        mixed = mixed if read is None else mixed[read]
         middle, low_out = layer.out.forward(mixed, name)
-        middle += flat
+        middle += x if read is None else x[read]
         h, scale2 = rms_norm(middle, *layer.norms[1])
         gate_up, low_gate_up = layer.gate_up.forward(h, name)
         gate, up = gate_up.chunk(2, 1)
         out, low_down = layer.down.forward(F.silu(gate).mul_(up), name)
         out += middle
         if any(ctx.needs_input_grad):
-            ctx.layer, ctx.name, ctx.shape = layer, name, x.shape
-            p = p if p.numel() <= 2 * gate_up.numel() else None
+            ctx.layer, ctx.name, ctx.parts = layer, name, parts
+            if sum(p.numel() for p in chances) > 2 * len(x) * gate_up.shape[1]:
+                chances = []
             ctx.save_for_backward(
-                flat, scale1, qkv, qk, p, mixed, middle, scale2, gate_up, cos, sin, bias, low_qkv, low_out, low_gate_up,
-                low_down,
+                x, scale1, qkv, qk, mixed, middle, scale2, gate_up, cos, sin, read, low_qkv, low_out, low_gate_up,
+                low_down, *chances,
             )  # fmt: skip
-        return out.view_as(x)
+        return out
 
     @staticmethod
     def backward(ctx, grad):
         layer, name = ctx.layer, ctx.name
-        (flat, scale1, qkv, qk, p, mixed, middle, scale2, gate_up, cos, sin, bias, low_qkv, low_out, low_gate_up,
-         low_down) = ctx.saved_tensors  # fmt: skip
-        batch, grad = ctx.shape[0], grad.reshape(flat.shape)
+        (x, scale1, qkv, qk, mixed, middle, scale2, gate_up, cos, sin, read, low_qkv, low_out, low_gate_up, low_down,
+         *chances) = ctx.saved_tensors  # fmt: skip
 
         gate, up = gate_up.chunk(2, 1)
         gated = F.silu(gate)
@@ -139,48 +192,66 @@ class LayerPass(torch.autograd.Function):
         torch.ops.aten.silu_backward.grad_input(d_act * up, gate, grad_input=d_gate)
         torch.mul(d_act, gated, out=d_up)
         h = _normed(middle, scale2, layer.norms[1][0])
-        dh, gate_up_grads = layer.gate_up.backward(d_gate_up, h, low_gate_up, name)
-        grad = grad + rms_norm_backward(dh, middle, scale2, layer.norms[1][0])
+        dh2, gate_up_grads = layer.gate_up.backward(d_gate_up, h, low_gate_up, name)
+        grad = grad + rms_norm_backward(dh2, middle, scale2, layer.norms[1][0])
 
         d_mixed, out_grads = layer.out.backward(grad, mixed, low_out, name)
-        p = layer.probabilities(qk, bias) if p is None else p
-        dqkv = _attention_backward(layer, _by_head(d_mixed, batch, layer.heads), qkv, qk, p, cos, sin)
-        h = _normed(flat, scale1, layer.norms[0][0])
+        if read is not None:
+            grad, d_mixed = (g.new_zeros(len(x), g.shape[1]).index_copy_(0, read, g) for g in (grad, d_mixed))
+        dqkv = _attention_backward(layer, d_mixed, qkv, qk, ctx.parts, chances)
+        dqk = dqkv[:, : layer.queries_and_keys].unflatten(1, (-1, layer.size))
+        dqk.copy_(rotate(dqk, cos, -sin))
+        h = _normed(x, scale1, layer.norms[0][0])
         need = ctx.needs_input_grad[0]
-        dh, qkv_grads = layer.qkv.backward(dqkv, h, low_qkv, name, need)
-        dx = (grad + rms_norm_backward(dh, flat, scale1, layer.norms[0][0])).view(ctx.shape) if need else None
-        return dx, None, None, None, None, None, *qkv_grads, *out_grads, *gate_up_grads, *down_grads
+        dh, qkv_grads = layer.qkv.backward(dqkv, h, low_qkv, name, need or bool(layer.trained))
+        dx = grad + rms_norm_backward(dh, x, scale1, layer.norms[0][0]) if need else None
+        norm_grads = layer.norm_gradients((dh, x, scale1), (dh2, middle, scale2))
+        return dx, *[None] * 6, *qkv_grads, *out_grads, *gate_up_grads, *down_grads, *norm_grads
 
 
-def _attention_backward(layer, grad, qkv, qk, p, cos, sin):
-    """The gradient of the joint query, key and value product [token, out], from that of the mixed values."""
-    batch = qk.shape[1]
-    q, k = qk[: layer.heads].flatten(0, 1), layer.grouped(qk[layer.heads :])
-    v = layer.grouped(layer.split(qkv, batch)[1])
-    slope = torch._softmax_backward_data(torch.bmm(grad, v.mT), p, -1, p.dtype).mul_(layer.size**-0.5)
-    by_head = qkv.new_empty(layer.heads + 2 * layer.kv_heads, batch, q.shape[1], layer.size)
-    dq, dk, dv = by_head.split([layer.heads, layer.kv_heads, layer.kv_heads])
-    torch.bmm(slope, k, out=dq.flatten(0, 1))
-    dk.copy_(layer.ungrouped(torch.bmm(slope.mT, q), batch))
-    dv.copy_(layer.ungrouped(torch.bmm(p.mT, grad), batch))
-    dqk = by_head[: layer.heads + layer.kv_heads]
-    dqk.copy_(rotate(dqk, cos, -sin))
-    return by_head.permute(1, 2, 0, 3).reshape(qkv.shape)
+def _attention(layer: Layer, qkv: torch.Tensor, qk: torch.Tensor, parts: list[Part]):
+    """Values mixed [token, head x size], and each part's probabilities [head x batch, query, key]."""
+    mixed, chances = qkv.new_empty(len(qkv), layer.heads * layer.size), []
+    for part in parts:
+        q, k, v = _of_part(layer, qkv, qk, part)
+        chances.append(layer.attend(q, k, part.bias))
+        layer.by_head(mixed[part.tokens], part.batch).copy_(_unflat(torch.bmm(chances[-1], v), part.batch))
+    return mixed, chances
 
 
-def _by_token(by_head: torch.Tensor, batch: int) -> torch.Tensor:
-    """[head x batch, length, size] -> [token, head x size]."""
-    heads = by_head.view(-1, batch, *by_head.shape[1:])
-    return heads.permute(1, 2, 0, 3).reshape(batch * by_head.shape[1], -1)
+def _attention_backward(layer: Layer, grad, qkv, qk, parts: list[Part], chances) -> torch.Tensor:
+    """The gradient of the joint product [token, out], queries and keys still rotated, from that of the mixed values."""
+    out = torch.empty_like(qkv)
+    for number, part in enumerate(parts):
+        q, k, v = _of_part(layer, qkv, qk, part)
+        p = chances[number] if chances else layer.attend(q, k, part.bias)
+        d_mixed = layer.by_head(grad[part.tokens], part.batch).flatten(0, 1)
+        slope = torch._softmax_backward_data(torch.bmm(d_mixed, v.mT), p, -1, p.dtype).mul_(layer.size**-0.5)
+        dq, dk, dv = layer.by_head(out[part.tokens], part.batch).split([layer.heads, layer.kv_heads, layer.kv_heads])
+        length = q.shape[1]
+        dq.copy_(_unflat(torch.bmm(slope, k), part.batch))
+        dk.copy_(layer.ungrouped(torch.bmm(slope.mT, q)[:, :length], part.batch))
+        dv.copy_(layer.ungrouped(torch.bmm(p.mT, d_mixed)[:, :length], part.batch))
+    return out
 
 
-def _by_head(by_token: torch.Tensor, batch: int, heads: int) -> torch.Tensor:
-    """The transpose of `_by_token`."""
-    return by_token.view(batch, -1, heads, by_token.shape[1] // heads).permute(2, 0, 1, 3).flatten(0, 1)
+def _of_part(layer: Layer, qkv, qk, part: Part) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries, keys and values, each [head x batch, length, size]; keys and values to at least `LANES`, nobody sees
+    those."""
+    rotated = layer.by_head(qk[part.tokens], part.batch)
+    values = layer.by_head(qkv[part.tokens, layer.queries_and_keys :], part.batch)
+    q, k, v = rotated[: layer.heads].flatten(0, 1), layer.grouped(rotated[layer.heads :]), layer.grouped(values)
+    beyond = part.bias.shape[2] - q.shape[1]
+    return (q, F.pad(k, (0, 0, 0, beyond)), F.pad(v, (0, 0, 0, beyond))) if beyond else (q, k, v)
+
+
+def _unflat(by_head: torch.Tensor, batch: int) -> torch.Tensor:
+    """[head x batch, length, size] -> [head, batch, length, size]."""
+    return by_head.view(-1, batch, *by_head.shape[1:])
 
 
 class FusedLlama:
-    """A Llama on a CPU whose weights are frozen but for LoRA adapters.
+    """A Llama on a CPU whose weights are all trained, or frozen but for LoRA adapters.
 
     Args:
         trunk: the decoder of a transformers model, below PEFT if it carries adapters.
@@ -209,38 +280,97 @@ class FusedLlama:
         sin[..., : sin.shape[-1] // 2].neg_()
         return cos, sin
 
-    def hidden(self, ids: torch.Tensor, name: str | None, packed: Packed | None = None) -> torch.Tensor:
-        """Last hidden states [sequence, length, width] of ids padded on the right, under an adapter or the base
-        alone.
+    def hidden_at(
+        self,
+        ids: torch.Tensor,
+        where: torch.Tensor,
+        name: str | None,
+        lengths: torch.Tensor,
+        prompt_lengths: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Last hidden states [position, width] at chosen tokens, sequence by sequence, under an adapter or, with None,
+        by the weights alone.
 
         Args:
-            packed: the same sequences with equal prompts laid out once; what is computed then.
+            ids: int64 [sequence, length], padded on the right.
+            where: bool [sequence, length], tokens within the sequences.
+            lengths: int64 [sequence].
+            prompt_lengths: int64 [sequence]; with it, equal prompts are computed once where that saves much.
         """
-        if packed is not None:
-            bias = packed.bias(self.dtype)
-            return packed.unpack(self._hidden(packed.ids, packed.position, bias, name))
-        length = ids.shape[1]
-        bias = torch.full((1, length, length), float("-inf"), dtype=self.dtype).triu(1)
-        return self._hidden(ids, torch.arange(length)[None], bias, name)
-
-    def _hidden(self, ids: torch.Tensor, position: torch.Tensor, bias: torch.Tensor, name: str | None) -> torch.Tensor:
-        """See `hidden`; ``position`` [1 or sequence, length], ``bias`` [1 or sequence, query, key]."""
+        packed = None if prompt_lengths is None else packing.pack(ids, prompt_lengths, lengths)
+        if packed is None:
+            wanted = torch.arange(ids.numel()).view(ids.shape)[where]
+        else:
+            ids, lengths, wanted = packed.ids, packed.widths, packed.source[where]
+        read = torch.zeros(ids.numel(), dtype=torch.bool)
+        read[wanted] = True
+        passes = list(self._passes(ids, lengths, read.view(ids.shape), packed))
         matrices = [layer.parameters(name) for layer in self.layers]
-        again = self.checkpointing and torch.is_grad_enabled()
-        run = partial(checkpoint, LayerPass.apply, use_reentrant=False) if again else LayerPass.apply
-        size, parts = max(1, CACHED_TOKENS // ids.shape[1]), []
-        for start in range(0, len(ids), size):
-            rows = slice(start, start + size)
-            x = self.trunk.embed_tokens(ids[rows]).to(self.dtype)
-            cos, sin = self.rotary(self.trunk.embed_tokens.weight, position[rows] if len(position) > 1 else position)
-            seen = bias if len(bias) == 1 else bias[rows].repeat(self.config.num_attention_heads, 1, 1)
-            for layer, parameters in zip(self.layers, matrices, strict=True):
-                x = run(x, layer, name, cos, sin, seen, *parameters)
-            parts.append(self.trunk.norm(x.to(self.trunk.norm.weight.dtype)))
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+        states = torch.cat([self._states(each, name, matrices) for each in passes])
+        place = torch.empty(ids.numel(), dtype=torch.int64)
+        place[torch.cat([each.found for each in passes])] = torch.arange(len(states))
+        return states[place[wanted]]
+
+    def _passes(self, ids, lengths, read, packed) -> Iterator[Pass]:
+        """Rows of ids, cut into parts of similar length, and as many parts together as stay in a core's caches."""
+        number = torch.arange(ids.numel()).view(ids.shape)
+        parts = packing.cut(lengths.numpy(), CACHED_TOKENS, A_PART)
+        widths = [int(lengths[part].max()) for part in parts]
+        for some in _together([len(part) * width for part, width in zip(parts, widths, strict=True)]):
+            tokens, position, made, start = [], [], [], 0
+            for rows, width in zip(map(torch.from_numpy, parts[some]), widths[some], strict=True):
+                tokens.append(number[rows, :width].flatten())
+                where = slice(start, start := start + len(tokens[-1]))
+                made.append(Part(where, len(rows), self._bias(rows, width, packed)))
+                position.append(torch.arange(width).repeat(len(rows)))
+            tokens = torch.cat(tokens)
+            position = torch.cat(position) if packed is None else packed.position.flatten()[tokens]
+            chosen = read.flatten()[tokens].nonzero()[:, 0]
+            yield Pass(ids.flatten()[tokens], position, made, chosen, tokens[chosen])
+
+    def _bias(self, rows: torch.Tensor, width: int, packed: packing.Packed | None) -> torch.Tensor:
+        """See `Part`."""
+        if packed is None:
+            bias = torch.full((1, width, width), float("-inf"), dtype=self.dtype).triu(1)
+        else:
+            bias = packing.bias(packed.segment[rows, :width], self.dtype)
+            bias = bias.repeat(self.config.num_attention_heads, 1, 1)
+        return F.pad(bias, (0, LANES - width), value=float("-inf")) if width < LANES else bias
+
+    def _states(self, each: Pass, name: str | None, matrices: list[list[torch.Tensor]]) -> torch.Tensor:
+        """Last hidden states [position, width] of the tokens of a pass that are asked for."""
+        run = LayerPass.apply
+        if self.checkpointing and torch.is_grad_enabled():
+            run = partial(checkpoint, LayerPass.apply, use_reentrant=False)
+        x = self.trunk.embed_tokens(each.ids).to(self.dtype)
+        cos, sin = (table[0, :, None] for table in self.rotary(self.trunk.embed_tokens.weight, each.position[None]))
+        for layer, parameters in zip(self.layers, matrices, strict=True):
+            read = each.read if layer is self.layers[-1] else None
+            x = run(x, layer, name, cos, sin, each.parts, read, *parameters)
+        return self.trunk.norm(x.to(self.trunk.norm.weight.dtype))
+
+    def hidden(self, ids: torch.Tensor, name: str | None) -> torch.Tensor:
+        """Last hidden states [sequence, length, width] of every token, padding included; see `hidden_at`."""
+        everywhere, lengths = torch.ones(ids.shape, dtype=torch.bool), torch.full((len(ids),), ids.shape[1])
+        return self.hidden_at(ids, everywhere, name, lengths).view(*ids.shape, -1)
+
+    def is_current(self) -> bool:
+        """Whether the decoder still holds the weights that this was made of, trained or frozen as they were."""
+        return all(projection.is_current() for layer in self.layers for projection in layer.projections)
 
     def decoder(self, name: str | None, capacity: int) -> "LlamaDecoder":
         return LlamaDecoder(self, name, capacity)
+
+
+def _together(sizes: list[int]) -> Iterator[slice]:
+    """Runs of parts of so many tokens that hold at most `CACHED_TOKENS` in all, or one part."""
+    start, total = 0, 0
+    for end, size in enumerate(sizes):
+        if total and total + size > CACHED_TOKENS:
+            yield slice(start, end)
+            start, total = end, 0
+        total += size
+    yield slice(start, len(sizes))
 
 
 class LlamaDecoder:
@@ -250,10 +380,9 @@ class LlamaDecoder:
     """
 
     def __init__(self, model: FusedLlama, name: str | None, capacity: int):
-        self.model, self.capacity, self.length = model, capacity, 0
+        self.model, self.capacity, self.length = model, capacity + -capacity % LANES, 0
         self.products = [
-            [product.decoding(name, model.dtype) for product in (layer.qkv, layer.out, layer.gate_up, layer.down)]
-            for layer in model.layers
+            [projection.decoding(name, model.dtype) for projection in layer.projections] for layer in model.layers
         ]
         self.head = model.head if model.dtype != model.head.weight.dtype else head_product(model.head)
         self.keys: list[torch.Tensor] = []
@@ -279,7 +408,8 @@ class LlamaDecoder:
             self.values = [x.new_zeros(shape).mT.contiguous() for shape in shapes]
         for layer, products, keys, values in zip(model.layers, self.products, self.keys, self.values, strict=True):
             to_qkv, to_out, to_gate_up, to_down = products
-            qk, v = layer.split(to_qkv(rms_norm(x, *layer.norms[0])[0]), batch)
+            by_head = layer.by_head(to_qkv(rms_norm(x, *layer.norms[0])[0]), batch)
+            qk, v = by_head.split([layer.heads + layer.kv_heads, layer.kv_heads])
             qk = rotate(qk, cos, sin)
             keys[..., start : self.length] = qk[layer.heads :].mT
             values[:, :, start : self.length] = v
@@ -307,7 +437,8 @@ class LlamaDecoder:
         total, first = self.length + new, self.model.layers[0]
         shared = first.heads // first.kv_heads
         # a few positions too many, which nobody sees, rather than too few for torch's fast product
-        read = min(self.capacity, max(total, 1 + SMALL_PRODUCT // (first.size * shared * new)))
+        read = max(total, 1 + SMALL_PRODUCT // (first.size * shared * new))
+        read = min(self.capacity, read + -read % LANES)
         bias = torch.full((new, read), torch.finfo(dtype).min / 2, dtype=dtype).triu_(1 + total - new)[None]
         if mask is None:
             return bias.repeat(1, shared, 1)
@@ -324,12 +455,32 @@ def fused(trunk: nn.Module, head: nn.Module | None = None, dtype: torch.dtype | 
     """The fused form of a decoder, or None where it is another architecture, not on a CPU, or not plain.
 
     Args:
-        trunk: the decoder of a transformers model, its weights frozen but for adapters.
+        trunk: the decoder of a transformers model, its weights frozen but for adapters, or all of them trained.
         head: the output head, for decoding.
         dtype: what layers compute in; the decoder's own by default.
     """
-    frozen = not any(parameter.requires_grad for name, parameter in trunk.named_parameters() if ".lora_" not in name)
-    return FusedLlama(trunk, head, dtype or trunk.dtype) if frozen and _is_plain(trunk) else None
+    if not _is_plain(trunk):
+        return None
+    names, weights = zip(*trunk.named_parameters(), strict=True)
+    base = [weight for name, weight in zip(names, weights, strict=True) if ".lora_" not in name]
+    dtype = dtype or trunk.dtype
+    if any(weight.requires_grad for weight in base):
+        plain = len(base) == len(weights) and not any(name.endswith("bias") for name in names) and dtype == trunk.dtype
+        if not plain or not all(weight.requires_grad for weight in base):
+            return None
+    return FusedLlama(trunk, head, dtype)
+
+
+_FORMS: WeakKeyDictionary[nn.Module, FusedLlama | None] = WeakKeyDictionary()
+
+
+def form_of(model: PreTrainedModel | PeftModel) -> FusedLlama | None:
+    """The fused form of a whole model's decoder, made when it is first asked for, or None (see `fused`)."""
+    form = _FORMS.get(model)
+    if model not in _FORMS or (form and not form.is_current()):
+        plain = model.get_base_model() if isinstance(model, PeftModel) else model
+        form = _FORMS[model] = fused(getattr(plain, plain.base_model_prefix, None))
+    return form
 
 
 def for_decoding(model: PreTrainedModel) -> FusedLlama | None:
@@ -361,5 +512,6 @@ def is_written_out(config: PreTrainedConfig) -> bool:
     return (
         isinstance(config, tuple(model.config_class for model in SUPPORTED))
         and config.hidden_act == "silu"
+        and not config.attention_dropout
         and not getattr(config, "sliding_window", None)
     )

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from rlhfscale import llama
 from rlhfscale.data.documents import Documents, bucketed_batches
 from rlhfscale.optim import BatchedMuon
 
@@ -21,8 +22,16 @@ def response_loss(model: nn.Module, documents: Documents, index: np.ndarray, ski
     The output head is applied only to the positions that are scored.
     """
     ids, scored = _scored_positions(documents, index, skip_prompt)
-    hidden = model.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state[scored]
-    return F.cross_entropy(model.lm_head(hidden), ids[:, 1:][scored])
+    return F.cross_entropy(_logits(model, documents, index, ids, scored), ids[:, 1:][scored])
+
+
+def _logits(model: nn.Module, documents: Documents, index: np.ndarray, ids: torch.Tensor, where: torch.Tensor):
+    """float32 [position, vocabulary] after the tokens ``where``, bool [document, length - 1]."""
+    if form := llama.form_of(model):
+        states = form.hidden_at(ids[:, :-1], where, None, torch.from_numpy(documents.lengths[index] - 1))
+    else:
+        states = model.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state[where]
+    return model.lm_head(states)
 
 
 def _scored_positions(documents: Documents, index: np.ndarray, skip_prompt: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,7 +121,8 @@ def document_losses(model: nn.Module, documents: Documents, batch_size: int = 25
     for start in range(0, len(order), batch_size):
         index = order[start : start + batch_size]
         ids, scored = _scored_positions(documents, index, skip_prompt=True)
-        logits = model.lm_head(model.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state)
-        nats = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
-        losses[index] = (nats * scored).sum(1).double().numpy()
+        logits = _logits(model, documents, index, ids, scored)
+        nats = torch.zeros(scored.shape)
+        nats[scored] = F.cross_entropy(logits, ids[:, 1:][scored], reduction="none")
+        losses[index] = nats.sum(1).double().numpy()
     return losses

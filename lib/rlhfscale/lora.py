@@ -131,9 +131,12 @@ class Projection:
     """Linear layers, with or without LoRA, that read the same input, as one: ``x [..., in] -> [..., sum of outs]``.
 
     Args:
-        modules: nn.Linear, Linear4bit or PEFT's layer over one of them; all weights frozen. Dense weights of several
-            are joined in one block of memory.
+        modules: nn.Linear, Linear4bit or PEFT's layer over one of them; the weights below adapters frozen. Dense
+            weights of several are joined in one block of memory.
         move: let each weight become a part of that block, rather than the block a copy.
+
+    Attributes:
+        trained: whether the weights themselves get gradients; then there are no adapters.
     """
 
     def __init__(self, modules: Sequence[nn.Module], move: bool = True):
@@ -147,8 +150,10 @@ class Projection:
             if move:
                 for base, part in zip(bases, self.block.split(self.sizes), strict=True):
                     base.weight.data = part
+        self.trained = bases[0].weight.requires_grad
         biases = [base.bias for base in bases]
         self.bias = torch.cat([b.data for b in biases]) if all(b is not None for b in biases) else None
+        self._lora: dict[str, list[tuple[torch.Tensor, torch.Tensor, float, slice]]] = {}
         self._merged: dict[str | None, tuple[tuple, torch.Tensor]] = {}
         self._rounded: dict[str, tuple[tuple, list[torch.Tensor]]] = {}
 
@@ -156,14 +161,29 @@ class Projection:
         """A [rank, in], B [out, rank], scale and output columns of each layer that has the adapter."""
         if name is None:
             return []
-        return [
-            (module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name], columns)
-            for module, columns in zip(self.modules, self.columns, strict=True)
-            if name in getattr(module, "lora_A", {})
-        ]
+        if name not in self._lora:  # looked up some ten times in a layer's pass
+            self._lora[name] = [
+                (module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name], columns)
+                for module, columns in zip(self.modules, self.columns, strict=True)
+                if name in getattr(module, "lora_A", {})
+            ]
+        return self._lora[name]
+
+    def is_current(self) -> bool:
+        """Whether the modules' weights are still those that were moved here, trained or frozen as they were."""
+        if self.block is None:
+            return True
+        weights = [base_of(module).weight for module in self.modules]
+        return all(
+            weight.data_ptr() == part.data_ptr() and weight.requires_grad == self.trained
+            for weight, part in zip(weights, self.block.split(self.sizes), strict=True)
+        )
 
     def parameters(self, name: str | None) -> list[torch.Tensor]:
-        """A and B of each layer that has the adapter, in the order of `backward`'s gradients."""
+        """What gets gradients, in the order of `backward`'s: the weights, or A and B of each layer that has the
+        adapter."""
+        if self.trained:
+            return [module.weight for module in self.modules]
         return [matrix for a, b, _, _ in self.lora(name) for matrix in (a, b)]
 
     def weight(self, name: str | None, dtype: torch.dtype) -> tuple[torch.Tensor, list]:
@@ -235,9 +255,11 @@ class Projection:
     def backward(
         self, grad: torch.Tensor, x: torch.Tensor, low: torch.Tensor | None, name: str | None, need_x: bool = True
     ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
-        """Gradients of the input (None unless needed) and of A and B of each layer that has the adapter."""
+        """Gradients of the input (None unless needed) and of `parameters`."""
         weight, separate = self.weight(name, x.dtype)
         grad_x = grad @ weight if need_x else None
+        if self.trained:
+            return grad_x, list((grad.t() @ x).split(self.sizes))
         lora = self.lora(name)
         if not lora:
             return grad_x, []

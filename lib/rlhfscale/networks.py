@@ -6,7 +6,6 @@ four models cost the memory of one. `FullWeights` trains all weights and keeps a
 
 import contextlib
 import copy
-import ctypes
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -23,14 +22,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from rlhfscale import llama, lora, models, packing
+from rlhfscale import allocator, llama, lora, models
 from rlhfscale.models import CRITIC, POLICY
 
 REFERENCE = "reference"
 CRITICS = ("trunk", "separate", "none")
 VALUE_HEAD = "value_head.safetensors"
-TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
-"""glibc's names of its options, M_TRIM_THRESHOLD and M_MMAP_THRESHOLD."""
 
 
 class ValueHead(nn.Module):
@@ -83,7 +80,7 @@ def build(
         raise ValueError("model: it already carries an adapter; pass its base, or model.merge_and_unload()")
     models.close_nf4_trap(base)
     if base.device.type == "cpu":
-        keep_freed_memory()
+        allocator.keep_freed_memory()
     if adapter == "none" and models.is_quantised(base):
         raise ValueError("adapter: none trains all weights, which a 4-bit base cannot; use adapter: lora")
     check_output_head(base)
@@ -119,17 +116,6 @@ def check_output_head(model: PreTrainedModel) -> None:
         raise ValueError(
             f"model: {type(model).__name__} changes its logits after the output head, which is unsupported"
         )
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep freed blocks rather than give each back to the kernel and fault its pages in again.
-
-    Activations of some megabytes come and go thousands of times in an update: measured 9% of PPO's time on a CPU.
-    """
-    with contextlib.suppress(OSError, AttributeError):  # not glibc
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(MMAP_THRESHOLD, 2**30)
-        mallopt(TRIM_THRESHOLD, 2**30)
 
 
 def checkpoint_blocks(model: PreTrainedModel, switch: lora.Switch | None = None) -> None:
@@ -220,27 +206,31 @@ class SharedBase(nn.Module):
         """The head that maps hidden states to logits."""
         return self.base.get_output_embeddings()
 
-    def hidden(
-        self,
-        ids: torch.Tensor,
-        role: str,
-        prompt_lengths: torch.Tensor | None = None,
-        lengths: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Last hidden states [sequence, length, width] of ids padded on the right.
+    def hidden(self, ids: torch.Tensor, role: str) -> torch.Tensor:
+        """Last hidden states [sequence, length, width] of ids padded on the right, int64 [sequence, length].
 
         Args:
-            ids: int64 [sequence, length].
             role: ``policy``, ``critic``, ``reference``, or the name of a frozen adapter.
-            prompt_lengths, lengths: int64 [sequence]; with both, equal prompts are computed once where that can be
-                done, and states at padding mean nothing.
         """
         name = None if role == REFERENCE else role
         if self._fused:
-            packed = None if prompt_lengths is None else packing.pack(ids, prompt_lengths, lengths)
-            return self._fused.hidden(ids, name, packed)
+            return self._fused.hidden(ids, name)
         with lora.adapter(self.switch, name):
             return last_hidden(models.trunk(self.base), ids)
+
+    def hidden_at(
+        self,
+        ids: torch.Tensor,
+        where: torch.Tensor,
+        role: str,
+        prompt_lengths: torch.Tensor,
+        lengths: torch.Tensor,
+    ) -> torch.Tensor:
+        """The states [position, width] at the tokens ``where`` (bool [sequence, length]), sequence by sequence; what
+        they do not need is not computed where that can be helped."""
+        if self._fused:
+            return self._fused.hidden_at(ids, where, None if role == REFERENCE else role, lengths, prompt_lengths)
+        return self.hidden(ids, role)[where]
 
     def checkpoint_blocks(self) -> None:
         """Keep only each block's input for the backward pass, and compute the rest again there."""
@@ -336,9 +326,12 @@ class FullWeights(nn.Module):
     def output_head(self, role: str) -> nn.Module:
         return (self.reference if role == REFERENCE else self.base).get_output_embeddings()
 
-    def hidden(self, ids: torch.Tensor, role: str, prompt_lengths=None, lengths=None) -> torch.Tensor:
+    def hidden(self, ids: torch.Tensor, role: str) -> torch.Tensor:
         trunks = {POLICY: models.trunk(self.base), CRITIC: self.critic_trunk, REFERENCE: models.trunk(self.reference)}
         return last_hidden(trunks[role], ids)
+
+    def hidden_at(self, ids, where, role: str, prompt_lengths, lengths) -> torch.Tensor:
+        return self.hidden(ids, role)[where]
 
     def checkpoint_blocks(self) -> None:
         for model in (self.base, self.critic_trunk):

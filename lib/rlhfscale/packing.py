@@ -4,9 +4,8 @@ Attention is causal, so a prompt's states do not depend on the response; a respo
 responses of 8 tokens to a prompt of 50 are 114 tokens instead of 464.
 """
 
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,23 +24,22 @@ class Packed:
         ids: int64 [pack, width], padded on the right with 0.
         position: int64 [pack, width], of each token in its own sequence.
         segment: int64 [pack, width]: 0 in the prompt, 1 .. n in the responses, -1 in padding.
+        widths: int64 [pack], tokens of each.
         source: int64 [sequence, length], where each token of the sequences is among [pack x width]; 0 for padding.
     """
 
     ids: torch.Tensor
     position: torch.Tensor
     segment: torch.Tensor
+    widths: torch.Tensor
     source: torch.Tensor
 
-    def bias(self, dtype: torch.dtype) -> torch.Tensor:
-        """[pack, query, key]: 0 where a token sees another, else -inf."""
-        query, key = self.segment[:, :, None], self.segment[:, None]
-        visible = ((key == 0) | (key == query)).tril()
-        return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))
 
-    def unpack(self, states: torch.Tensor) -> torch.Tensor:
-        """[pack, width, ...] -> [sequence, length, ...]."""
-        return states.flatten(0, 1)[self.source]
+def bias(segment: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """[pack, query, key] for segments [pack, width] as in `Packed`: 0 where a token sees another, else -inf."""
+    query, key = segment[:, :, None], segment[:, None]
+    visible = ((key == 0) | (key == query)).tril()
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))
 
 
 def pack(ids: torch.Tensor, prompt_lengths: torch.Tensor, lengths: torch.Tensor) -> Packed | None:
@@ -53,12 +51,13 @@ def pack(ids: torch.Tensor, prompt_lengths: torch.Tensor, lengths: torch.Tensor)
     """
     column = torch.arange(ids.shape[1], device=ids.device)
     in_prompt = column < prompt_lengths[:, None]
-    group = _group(torch.where(in_prompt, ids, -1))
+    group = _group(torch.where(in_prompt, ids, -1), LEAST_SAVING * ids.numel() / int(prompt_lengths.max()))
     if group is None:
         return None
     group, rank, offset = _members(group, prompt_lengths, lengths - prompt_lengths)
     responses = torch.zeros_like(prompt_lengths).index_add_(0, group, lengths - prompt_lengths)[group]
-    count, width = int(group.max()) + 1, int((prompt_lengths + responses).max())
+    count, widths = int(group.max()) + 1, prompt_lengths + responses
+    width = int(widths.max())
     if count * width > (1 - LEAST_SAVING) * ids.numel():
         return None
     source = group[:, None] * width + torch.where(in_prompt, column, column + offset[:, None])
@@ -70,14 +69,16 @@ def pack(ids: torch.Tensor, prompt_lengths: torch.Tensor, lengths: torch.Tensor)
         empty = torch.full((count * width,), padding, device=ids.device)
         return empty.index_copy_(0, flat, values.expand_as(ids)[real]).view(count, width)
 
-    return Packed(laid_out(ids, 0), laid_out(column, 0), laid_out(segment, -1), source * real)
+    widths = widths.new_zeros(count).index_copy_(0, group, widths)  # equal within a group
+    return Packed(laid_out(ids, 0), laid_out(column, 0), laid_out(segment, -1), widths, source * real)
 
 
-def _group(prompts: torch.Tensor) -> torch.Tensor | None:
-    """int64 [sequence], the number of each sequence's prompt; None where no two are equal."""
+def _group(prompts: torch.Tensor, least: float) -> torch.Tensor | None:
+    """int64 [sequence], the number of each sequence's prompt; None where fewer than ``least`` repeat another's."""
     weights = torch.arange(1, prompts.shape[1] + 1, device=prompts.device) * 0x9E3779B97F4A7C1 ^ 0x5851F42D4C957F2
-    if len(torch.unique((prompts * weights).sum(1))) == len(prompts):  # sums of unequal prompts may agree, never the
-        return None  # other way round
+    sums = torch.unique((prompts * weights).sum(1))  # of unequal prompts they may agree, never the other way round
+    if len(prompts) - len(sums) < least:
+        return None
     return torch.unique(prompts, dim=0, return_inverse=True)[1]
 
 
@@ -105,19 +106,33 @@ def _rank(group: torch.Tensor) -> torch.Tensor:
     return rank
 
 
-def by_width(widths: np.ndarray, tokens: int, enough: float = math.inf) -> Iterator[np.ndarray]:
-    """Indices in batches of similar width, narrowest first: at most ``tokens`` in each with padding, or one item.
+def cut(widths: np.ndarray, tokens: int, a_part: int = 256) -> list[np.ndarray]:
+    """Indices of items to be computed together, narrowest first: the cuts that cost least, padding counted.
 
     Args:
         widths: int64 [item], tokens of each.
-        enough: a batch of that many tokens takes no item that is more than a tenth wider than its first.
+        tokens: of one part at most, padding included; an item that is wider is a part of its own.
+        a_part: what one more part costs, in tokens.
+
+    Returns:
+        for each part, int64 [item].
     """
     order = np.argsort(widths, kind="stable")
-    start = 0
-    for end in range(1, len(order) + 1):
-        count, widest = end - start, widths[order[end - 1]]
-        following = widths[order[end]] if end < len(order) else None
-        full = following is None or (count + 1) * following > tokens
-        if full or (count * widest >= enough and following > 1.1 * widths[order[start]]):
-            yield order[start:end]
-            start = end
+    kinds, counts = np.unique(widths, return_counts=True)
+    first = np.concatenate([[0], counts.cumsum()])  # of each width, in that order
+    cost, begin = np.zeros(len(kinds) + 1), np.zeros(len(kinds) + 1, np.int64)
+    for end, width in enumerate(kinds.tolist(), 1):  # the best parts of all items up to this width
+        number = first[end] - first[:end]
+        options = cost[:end] + number * width + a_part * _num_parts(number, width, tokens)
+        begin[end] = options.argmin()
+        cost[end] = options[begin[end]]
+    parts, end = [], len(kinds)
+    while end:
+        members = order[first[begin[end]] : first[end]]
+        parts.append(np.array_split(members, _num_parts(len(members), int(kinds[end - 1]), tokens)))
+        end = begin[end]
+    return [part for together in reversed(parts) for part in together]
+
+
+def _num_parts(number: Any, width: int, tokens: int) -> Any:
+    return -(-number // max(1, tokens // width))

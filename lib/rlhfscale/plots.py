@@ -99,10 +99,16 @@ def policy_size(runs: pd.DataFrame, summary: pd.DataFrame) -> Figure:
             ``value``; the metric ``sampled_exact`` is drawn.
         summary: the common columns and ``num_params``, ``stage``, ``verdict``; quantities ``sampled_exact`` (by stage),
             ``gain`` (PPO - SFT by size), ``gain_fit`` (fitted line with its band on a grid of sizes), ``gain_slope``
-            (one row, per doubling of parameters, with the claim's verdict).
+            (one row, per doubling of parameters, with the claim's verdict); optionally ``other_gain`` (by size and
+            ``reward_model``) and ``other_gain_slope``, side checks with other fixed reward models.
     """
     runs = runs[runs["metric"] == "sampled_exact"]
-    figure, (left, right), _ = new_figure(1, 2, 3.1, interval_caption(summary, "dots: seeds; bars and band: "))
+    slopes = select(summary, "other_gain_slope", optional=True)
+    caption = interval_caption(summary[~summary["quantity"].str.startswith("other")], "dots: seeds; bars and band: ")
+    if len(slopes):
+        shown = "; ".join(f"{row.reward_model} {signed_interval(row)}" for row in slopes.itertuples())
+        caption += f" Slopes with other reward models ({slopes['num_seeds'].iloc[0]:.0f} seeds): {shown}."
+    figure, (left, right), _ = new_figure(1, 2, 3.1, caption)
     styles = {"sft": ("SFT", CATEGORIES[7], "o"), "ppo": ("PPO", CATEGORIES[0], "s")}
     for stage, (label, color, marker) in styles.items():
         draw_dots(left, runs[runs["stage"] == stage], "num_params", color)
@@ -118,6 +124,12 @@ def policy_size(runs: pd.DataFrame, summary: pd.DataFrame) -> Figure:
     draw_dots(right, gains, "num_params", color)
     draw_estimates(right, select(summary, "gain"), "num_params", color=color, marker="D", linestyle="none")
     draw_band(right, select(summary, "gain_fit"), "num_params", color)
+    for row, linestyle in zip(slopes.itertuples(), ("--", ":", "-."), strict=False):
+        rows = select(summary, "other_gain", reward_model=row.reward_model).sort_values("num_params")
+        label = f"reward model {row.reward_model}"
+        right.plot(rows["num_params"], rows["estimate"], color="0.45", linestyle=linestyle, label=label, zorder=1)
+    if len(slopes):
+        right.legend(loc="lower right")
     slope = select(summary, "gain_slope").iloc[0]
     right.set(title="gain from PPO", ylabel="accuracy, PPO minus SFT")
     add_headroom(right, 0.22)
@@ -516,6 +528,10 @@ def size_axis(axis, sizes: pd.Series, label: str) -> None:
     axis.xaxis.set_major_formatter(FuncFormatter(lambda size, _: human_number(size)))
     axis.xaxis.set_minor_locator(NullLocator())
     axis.set_xlabel(label)
+
+
+def signed_interval(row: pd.Series) -> str:
+    return f"{row.estimate:+.4f} [{row.ci_low:+.4f}, {row.ci_high:+.4f}]"
 
 
 def add_headroom(axis, share: float) -> None:

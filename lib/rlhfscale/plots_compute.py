@@ -12,9 +12,9 @@ from rlhfscale.plots import (
     interval_caption,
     new_figure,
     select,
+    signed_interval,
     styled,
 )
-from rlhfscale.plots_sweeps import signed_interval
 
 SPENT_ON = {
     "pretraining": ("more documents", CATEGORIES[0], "s"),

@@ -14,10 +14,11 @@ from rlhfscale.plots import (
     interval_caption,
     new_figure,
     select,
+    signed_interval,
     size_colors,
     styled,
 )
-from rlhfscale.plots_sweeps import doubling_axis, signed_interval
+from rlhfscale.plots_sweeps import doubling_axis
 
 FORM_COLORS = {"d(a - b d)": CATEGORIES[2], "d(a - b log d)": CATEGORIES[4]}
 KIND_COLORS = {

@@ -11,10 +11,10 @@ from rlhfscale.plots import (
     interval_caption,
     new_figure,
     select,
+    signed_interval,
     size_axis,
     styled,
 )
-from rlhfscale.plots_sweeps import signed_interval
 
 KIND_STYLES = {"outcome": (CATEGORIES[1], "o"), "process": (CATEGORIES[0], "s")}
 TITLES = {"own": "own family", "other": "other family", "both": "both families"}

@@ -15,6 +15,7 @@ from rlhfscale.plots import (
     interval_caption,
     new_figure,
     select,
+    signed_interval,
     size_axis,
     size_colors,
     styled,
@@ -256,7 +257,3 @@ def doubling_axis(axis, sizes: list[float], labels: list[str] | None = None) -> 
     axis.set_xscale("log", base=2)
     axis.set_xticks(sizes, labels or [str(size) for size in sizes])
     axis.xaxis.set_minor_locator(NullLocator())
-
-
-def signed_interval(row: pd.Series) -> str:
-    return f"{row.estimate:+.4f} [{row.ci_low:+.4f}, {row.ci_high:+.4f}]"

@@ -20,7 +20,7 @@ class Pretrain(Spec):
     """A rung trained from scratch on demonstrations of every family, next-token loss on all tokens."""
 
     stage: ClassVar[str] = "pretrain"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     runner: ClassVar[str] = "rlhfscale.stages:pretrain"
 
     rung: str
@@ -49,7 +49,7 @@ class SFT(Spec):
     """A pretrained rung fine-tuned on demonstrations, loss on the responses only."""
 
     stage: ClassVar[str] = "sft"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     runner: ClassVar[str] = "rlhfscale.stages:sft"
 
     base: Pretrain
@@ -114,7 +114,7 @@ class RewardModel(_FromLabels):
     """An outcome reward model: Bradley-Terry on the pairs within each prompt, started from an SFT model."""
 
     stage: ClassVar[str] = "reward_model"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     runner: ClassVar[str] = "rlhfscale.stages:reward_model"
     useful: ClassVar[float] = 0.5  # half of the prompts teach nothing or repeat responses, and are not computed
 
@@ -130,7 +130,7 @@ class ProcessRewardModel(_FromLabels):
     """A process reward model: right or wrong for each step of single responses, started from an SFT model."""
 
     stage: ClassVar[str] = "process_reward_model"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     runner: ClassVar[str] = "rlhfscale.stages:process_reward_model"
 
     responses_per_batch: int = Field(ge=1)
@@ -145,7 +145,7 @@ class MixedRewardModel(_FromLabels):
     """An outcome reward model from a mix of comparisons, right or wrong responses, and right or wrong steps."""
 
     stage: ClassVar[str] = "mixed_reward_model"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     runner: ClassVar[str] = "rlhfscale.stages:mixed_reward_model"
 
     mix: tuple[float, float, float]
@@ -174,7 +174,7 @@ class Policy(Spec):
     """An SFT model trained against a frozen reward model, by PPO or by one of its siblings without a critic."""
 
     stage: ClassVar[str] = "policy"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     runner: ClassVar[str] = "rlhfscale.stages:policy"
 
     sft: SFT
@@ -241,7 +241,7 @@ class Samples(Spec):
     """Responses of a model to a split's prompts, labelled by the verifier. With temperature 0: greedy."""
 
     stage: ClassVar[str] = "samples"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     runner: ClassVar[str] = "rlhfscale.stages:samples"
 
     model: SFT | Policy
@@ -281,7 +281,7 @@ class Scores(Spec):
     """A reward model's scores of sampled responses."""
 
     stage: ClassVar[str] = "scores"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     runner: ClassVar[str] = "rlhfscale.stages:scores"
 
     samples: Samples
@@ -310,7 +310,7 @@ class MTBench(Spec):
     """
 
     stage: ClassVar[str] = "mt_bench"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     runner: ClassVar[str] = "rlhfscale.stages:mt_bench"
 
     before: str

@@ -157,8 +157,30 @@ def policy_size(P: PolicySize, folders: Folders) -> Tables:
     result = judge("C1", slope)
     summary.append(summary_row("gain_slope", slope) | {"verdict": result.verdict})
     summary += band_rows("gain_fit", "num_params", fit_with_intervals(fit_slope, sizes, gain, rng=new_rng()), slope)
+    for rung in P.other_rungs:
+        summary += _other_reward_model(P, folders, rung, accuracy["sft"], sizes, rows)
     extra = {"training.csv": training_metrics(P, folders)}
     return Tables(rows.table(), pd.DataFrame(summary), pd.concat(prompts), (result,), extra)
+
+
+def _other_reward_model(
+    P: PolicySize, folders: Folders, rung: str, before: np.ndarray, sizes: np.ndarray, rows: "Runs"
+) -> list[dict[str, Any]]:
+    """Summary rows of the gain and its slope with another fixed reward model; ``before`` [policy, seed, prompt]."""
+    after = []
+    for policy_rung in P.policy_rungs:
+        for seed in P.other_seeds:
+            spec = P.other(rung, policy_rung, seed)
+            responses = read_responses(folders, spec)
+            after.append(responses.exact.mean(1))
+            about = {"rung": policy_rung, "stage": f"ppo by {rung}", "seed": seed}
+            rows.add(spec, {"sampled_exact": responses.exact.mean()}, num_prompts=responses.num_prompts, **about)
+    before = before[:, [P.seeds.index(seed) for seed in P.other_seeds]]
+    gain = np.array(after).reshape(before.shape) - before
+    slope = nested_bootstrap(gain, lambda means: slope_per_doubling(sizes, means), rng=new_rng(), on="means")
+    about = {"reward_model": rung, "reward_model_params": ladder.rung(rung).num_params}
+    found = rung_rows("other_gain", P.policy_rungs, mean_intervals(gain), **about)
+    return [*found, summary_row("other_gain_slope", slope, **about)]
 
 
 def best_of_n(P: BestOfN, folders: Folders) -> Tables:

@@ -151,6 +151,14 @@ def algorithms(P: Algorithms, folders: Folders) -> Tables:
             result = judge("C9", dict(zip(CLAIMS["C9"].rule.intervals, (whole, gain), strict=True)))
             row |= {"verdict": result.verdict}
         found.summary.append(row)
+    timed = {}
+    for name in P.algorithms:
+        policies = [P.in_equal_time(name, seed) for seed in P.seeds]
+        timed[name] = found.after(policies, algorithm=name, num_updates=policies[0].num_updates)
+        if name != "ppo":
+            difference = nested_bootstrap(timed[name] - timed["ppo"], np.mean, rng=new_rng(), on="means")
+            row = summary_row("minus_ppo_in_equal_time", difference, algorithm=name)
+            found.summary.append(row | {"responses_per_prompt": P.equal_time_responses})
     extra = {"training.csv": learning_curves(P, folders), "cost.csv": cost(P, folders)}
     return found.tables(result, extra=extra)
 
@@ -159,7 +167,7 @@ def learning_curves(P: Algorithms, folders: Folders) -> pd.DataFrame:
     """Every update of every policy, as `plots_sweeps.learning_curves` wants it."""
     columns = ["update", "proxy", "gold", "exact", "kl_nats", "response_tokens", "finished"]
     return pd.concat(
-        [pd.read_csv(folders[policy] / "metrics.csv")[columns].assign(**_about(policy)) for policy in P.policies()],
+        [pd.read_csv(folders[p] / "metrics.csv")[columns].assign(**_about(p)) for p in P.equal_rollouts()],
         ignore_index=True,
     )
 
@@ -170,13 +178,15 @@ def cost(P: OnePolicy, folders: Folders) -> pd.DataFrame:
     for policy in P.policies():
         made = json.loads((folders[policy] / "manifest.json").read_text())
         rollouts = policy.num_updates * policy.prompts_per_update * policy.responses_per_prompt
-        rows.append(_about(policy) | {"rollouts": rollouts, "wall_s": made["wall_s"], "cpu_s": made["cpu_s"]})
+        about = _about(policy) | {"updates": policy.num_updates, "rollouts": rollouts}
+        rows.append(about | {"wall_s": made["wall_s"], "cpu_s": made["cpu_s"]})
     return pd.DataFrame(rows)
 
 
 def mean_cost(costs: pd.DataFrame) -> pd.DataFrame:
     """The table of `cost`, mean over seeds."""
-    return costs.groupby(["algorithm", "prompts", "responses_per_prompt"]).mean().drop(columns="seed").round(1)
+    by = ["algorithm", "prompts", "responses_per_prompt", "updates"]
+    return costs.groupby(by).mean().drop(columns="seed").round(1)
 
 
 def _about(policy: Policy) -> dict[str, Any]:

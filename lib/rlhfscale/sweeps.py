@@ -157,6 +157,10 @@ class Algorithms(OnePolicy):
     responses: tuple[int, ...] = field(
         role="scientific", min_length=1, doc="responses per prompt, each at least 2; prompts are rollouts / responses"
     )
+    equal_time_responses: int = field(role="fixed", ge=2, doc="responses per prompt where time is held equal")
+    equal_time_updates: tuple[int, ...] = field(
+        role="fixed", doc="updates of each of the algorithms that take as long as each other"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -169,14 +173,29 @@ class Algorithms(OnePolicy):
             if self.rollouts % size:
                 raise ValueError(f"responses: {size} does not divide the {self.rollouts} roll-outs")
         self._splits("rollouts", self.rollouts, 1)
+        if self.rollouts % self.equal_time_responses:
+            raise ValueError(f"equal_time_responses: {self.equal_time_responses} does not divide {self.rollouts}")
+        if len(self.equal_time_updates) != len(self.algorithms) or min(self.equal_time_updates) < 1:
+            raise ValueError(
+                f"equal_time_updates: {list(self.equal_time_updates)} is not one number for each algorithm"
+            )
         return self
 
     def policy(self, algorithm: Algorithm, responses: int, seed: int) -> specs.Policy:
         about = {"algorithm": algorithm, "prompts": self.rollouts // responses, "responses": responses}
         return self.settings.policy(self.policy_rung, self.reward_model_rung, seed, **about)
 
-    def policies(self) -> tuple[specs.Policy, ...]:
+    def in_equal_time(self, algorithm: Algorithm, seed: int) -> specs.Policy:
+        """The policy that had as long as those of the other algorithms."""
+        updates = self.equal_time_updates[self.algorithms.index(algorithm)]
+        return self.policy(algorithm, self.equal_time_responses, seed).changed(num_updates=updates)
+
+    def equal_rollouts(self) -> tuple[specs.Policy, ...]:
         return tuple(self.policy(*cell) for cell in product(self.algorithms, self.responses, self.seeds))
+
+    def policies(self) -> tuple[specs.Policy, ...]:
+        timed = (self.in_equal_time(*cell) for cell in product(self.algorithms, self.seeds))
+        return tuple(dict.fromkeys([*self.equal_rollouts(), *timed]))
 
 
 class LearningRates(StudyFigure):

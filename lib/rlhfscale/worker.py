@@ -16,6 +16,7 @@ import traceback
 from contextlib import suppress
 from multiprocessing.connection import Connection
 
+from rlhfscale.allocator import keep_freed_memory
 from rlhfscale.spec import Spec
 from rlhfscale.store import Store, StoreError
 
@@ -67,6 +68,7 @@ def _terminate(*_: object) -> None:
 
 def main() -> None:
     faulthandler.enable()
+    keep_freed_memory()
     signal.signal(signal.SIGTERM, _terminate)
     descriptor, driver = int(sys.argv[1]), int(sys.argv[2])
     threading.Thread(target=_exit_with, args=(driver,), daemon=True).start()

@@ -55,12 +55,8 @@ def at_least_one(**values: int) -> None:
             raise ValueError(f"{name}: {value} is below 1")
 
 
-ENOUGH_TOKENS = 512
-"""A pass of fewer tokens costs more for each: sequences are padded rather than computed in smaller parts."""
-
-
 def micro_batches(sequences: Sequences, tokens: int) -> Iterator[np.ndarray]:
-    """Indices of sequences to be computed together: of similar length, at most ``tokens`` with padding, or one.
+    """Indices of sequences to be computed together (see `packing.cut`).
 
     Where many prompts are equal, all responses to a prompt stay together, so that `packing` can compute it once.
     """
@@ -71,25 +67,27 @@ def micro_batches(sequences: Sequences, tokens: int) -> Iterator[np.ndarray]:
     if widths.sum() > (1 - packing.LEAST_SAVING) * sequences.lengths.sum():
         group, widths = np.arange(len(sequences)), sequences.lengths
     members = np.split(np.argsort(group, kind="stable"), np.bincount(group).cumsum()[:-1])
-    for batch in packing.by_width(widths, tokens, ENOUGH_TOKENS):
+    for batch in packing.cut(widths, tokens):
         yield np.concatenate([members[index] for index in batch])
 
 
 def read(model: Scored, sequences: Sequences, where: np.ndarray, tokens: int) -> torch.Tensor:
     """A sequence classifier's score head at chosen positions; see `read_head`."""
     trunk, head = trunk_and_head(model)
-    fused = _fused(model, trunk)
+    adapted = isinstance(model, PeftModel)
+    # scores of a model with adapters are PEFT's own, to the bit
+    fused = None if adapted and not torch.is_grad_enabled() else llama.form_of(model)
 
-    def hidden(ids: torch.Tensor, prompt_lengths: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    def states(ids, where, prompt_lengths, lengths) -> torch.Tensor:
         if fused:
-            return fused.hidden(ids, model.active_adapter, packing.pack(ids, prompt_lengths, lengths))
-        return trunk(input_ids=ids, use_cache=False).last_hidden_state
+            return fused.hidden_at(ids, where, model.active_adapter if adapted else None, lengths, prompt_lengths)
+        return trunk(input_ids=ids, use_cache=False).last_hidden_state[where]
 
-    return read_head(hidden, head, sequences, where, tokens)
+    return read_head(states, head, sequences, where, tokens)
 
 
 def read_head(
-    hidden: Callable[[torch.Tensor], torch.Tensor],
+    states: Callable[..., torch.Tensor],
     head: nn.Module,
     sequences: Sequences,
     where: np.ndarray,
@@ -101,9 +99,9 @@ def read_head(
     sees padding, whatever the padding token is. The head runs on the chosen positions only.
 
     Args:
-        hidden: ids [sequence, length], prompt lengths and lengths [sequence] to last hidden states [sequence, length,
-            width].
-        where: bool [sequence, length], positions within the sequences.
+        states: ids, chosen tokens (int64 and bool [sequence, length]), prompt lengths and lengths (int64 [sequence]) to
+            last hidden states [position, width].
+        where: bool [sequence, length], tokens within the sequences.
         tokens: of a micro-batch, padding included. The result and its gradient do not depend on it.
 
     Returns:
@@ -115,23 +113,13 @@ def read_head(
     scores, numbers = [], []
     for rows in micro_batches(sequences, tokens):
         width = int(sequences.lengths[rows].max())
-        given = ids[rows, :width], sequences.prompt_lengths[rows], sequences.lengths[rows]
-        states = hidden(*(torch.from_numpy(x).to(parameter.device) for x in given))
         chosen = where[rows, :width]
-        states = states[torch.from_numpy(chosen).to(states.device)]
-        scores.append(head(states.to(parameter.device, parameter.dtype)).squeeze(-1).float())
+        given = ids[rows, :width], chosen, sequences.prompt_lengths[rows], sequences.lengths[rows]
+        found = states(*(torch.from_numpy(x).to(parameter.device) for x in given))
+        scores.append(head(found.to(parameter.device, parameter.dtype)).squeeze(-1).float())
         numbers.append(number[rows, :width][chosen])
     back = torch.from_numpy(np.argsort(np.concatenate(numbers)))
     return torch.cat(scores)[back.to(parameter.device)]
-
-
-def _fused(model: Scored, trunk: nn.Module) -> llama.FusedLlama | None:
-    """The trunk's fused form where adapters are trained; scores are always PEFT's own, to the bit."""
-    if not (isinstance(model, PeftModel) and torch.is_grad_enabled()):
-        return None
-    if not hasattr(model, "fused_trunk"):
-        object.__setattr__(model, "fused_trunk", llama.fused(trunk))  # no submodule: it holds the trunk itself
-    return model.fused_trunk
 
 
 def distinct(sequences: Sequences) -> tuple[np.ndarray, np.ndarray]:

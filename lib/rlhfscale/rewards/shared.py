@@ -78,11 +78,11 @@ class SharedReward:
             raise ValueError(f"{self.folder}: its tokenizer is not the policy's; take OutcomeRewardModel.load")
         first, inverse = scorer.distinct(sequences)
         where = read_at(sequences[first], self.readout)
-        read = scorer.read_head(self._hidden, self._head, sequences[first], where, self.tokens_per_micro_batch)
+        read = scorer.read_head(self._states, self._head, sequences[first], where, self.tokens_per_micro_batch)
         return by_sequence(read, where).cpu().numpy()[inverse]
 
-    def _hidden(self, ids: torch.Tensor, prompt_lengths: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        return self._networks.hidden(ids, REWARD, prompt_lengths, lengths)
+    def _states(self, ids, where, prompt_lengths, lengths) -> torch.Tensor:
+        return self._networks.hidden_at(ids, where, REWARD, prompt_lengths, lengths)
 
 
 def attach(reward: Any, networks: Any) -> None:

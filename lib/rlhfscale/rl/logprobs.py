@@ -14,6 +14,16 @@ CHUNK = 2**22
 """Logits held at a time; 16 MiB in float32."""
 
 
+def response_tokens(
+    ids: torch.Tensor, prompt_lengths: torch.Tensor, lengths: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of ids [sequence, length] padded on the right, bool [sequence, length]: the responses' tokens, and the tokens
+    before them, at which they are predicted."""
+    column = torch.arange(ids.shape[1], device=ids.device)
+    response = (column >= prompt_lengths[:, None]) & (column < lengths[:, None])
+    return response, response.roll(-1, 1)  # no response begins in the first column: a prompt has a token
+
+
 def token_logprobs(
     hidden: torch.Tensor, head: nn.Module, tokens: torch.Tensor, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:

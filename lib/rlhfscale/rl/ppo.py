@@ -21,7 +21,16 @@ from rlhfscale.rl.learner import Learner
 from rlhfscale.rl.loop import Run, Trainer, learner_options, network_options
 from rlhfscale.rl.losses import clipped_surrogate, clipped_value, token_weights
 from rlhfscale.rl.metrics import explained_variance, rollout_metrics, summed
-from rlhfscale.rl.rollout import Evaluation, Prompt, Rollouts, evaluate, evaluate_all, evaluate_values, token_rewards
+from rlhfscale.rl.rollout import (
+    Evaluation,
+    Prompt,
+    Rollouts,
+    evaluate,
+    evaluate_all,
+    evaluate_before_training,
+    evaluate_values,
+    token_rewards,
+)
 from rlhfscale.samplers import Completions, hf
 
 
@@ -98,19 +107,13 @@ class PPO(Trainer):
         return metrics, completions
 
     def evaluate(self, rollouts: Rollouts) -> tuple[Rollouts, Evaluation | None]:
-        """Fill in log-probabilities, reference log-probabilities and values.
-
-        Where the first step takes all roll-outs in one pass, it would compute the same again: then the evaluation is
-        made with gradients and returned for it.
-        """
-        config, most = self.config, self.config.max_tokens_per_pass
-        one_pass = config.rollouts_per_step == len(rollouts) and rollouts.ids.numel() <= most
-        now = self._evaluate(rollouts) if one_pass else evaluate_all(self._evaluate, rollouts, most)
+        """Fill in log-probabilities, reference log-probabilities and values; and what `evaluate_before_training` has
+        for the first step."""
+        most, first = self.config.max_tokens_per_pass, next(self.run.minibatches(len(rollouts)))
         reference = evaluate_all(self._evaluate_reference, rollouts, most)
-        rollouts = replace(
-            rollouts, logprobs=now.logprobs.detach(), values=now.values.detach(), ref_logprobs=reference.logprobs
-        )
-        return rollouts, now if one_pass else None
+        now, of_first = evaluate_before_training(self._evaluate, rollouts, most, first)
+        filled = {"logprobs": now.logprobs, "values": now.values, "ref_logprobs": reference.logprobs}
+        return replace(rollouts, **filled), of_first
 
     def estimate_advantages(self, rollouts: Rollouts) -> Rollouts:
         """Rewards at tokens, then advantages, whitened over response tokens, and returns."""
@@ -126,9 +129,9 @@ class PPO(Trainer):
     def step(self, rollouts: Rollouts, index: torch.Tensor, evaluated: Evaluation | None = None) -> dict[str, float]:
         """One optimiser step of policy and critic on the roll-outs at ``index``, and its record.
 
-        With ``evaluated``, what the networks say now of all roll-outs, the step is on all of them.
+        ``evaluated`` is what the networks say of these now, if that is known.
         """
-        batch = rollouts if evaluated else rollouts[index]
+        batch = rollouts[index]
         batch = replace(batch, weights=token_weights(batch.mask))
         with self.learner.step(self.run.num_updates) as record:
             parts = []

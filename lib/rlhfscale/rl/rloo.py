@@ -21,7 +21,7 @@ from rlhfscale.rl.learner import Learner
 from rlhfscale.rl.loop import Run, Trainer, learner_options, network_options
 from rlhfscale.rl.losses import clipped_surrogate
 from rlhfscale.rl.metrics import rollout_metrics, summed
-from rlhfscale.rl.rollout import Evaluation, Prompt, Rollouts, evaluate, evaluate_all
+from rlhfscale.rl.rollout import Evaluation, Prompt, Rollouts, evaluate, evaluate_all, evaluate_before_training
 from rlhfscale.samplers import Completions, hf
 
 
@@ -74,17 +74,15 @@ class RLOO(Trainer):
 
     def evaluate(self, rollouts: Rollouts) -> tuple[Rollouts, Evaluation | None]:
         """Fill in log-probabilities of policy and reference; see `PPO.evaluate`."""
-        most = self.config.max_tokens_per_pass
-        one_pass = self.config.rollouts_per_step == len(rollouts) and rollouts.ids.numel() <= most
-        now = self._evaluate(rollouts) if one_pass else evaluate_all(self._evaluate, rollouts, most)
+        most, first = self.config.max_tokens_per_pass, next(self.run.minibatches(len(rollouts)))
         reference = evaluate_all(self._evaluate_reference, rollouts, most)
-        rollouts = replace(rollouts, logprobs=now.logprobs.detach(), ref_logprobs=reference.logprobs)
-        return rollouts, now if one_pass else None
+        now, of_first = evaluate_before_training(self._evaluate, rollouts, most, first)
+        return replace(rollouts, logprobs=now.logprobs, ref_logprobs=reference.logprobs), of_first
 
     def step(self, rollouts: Rollouts, index: torch.Tensor, evaluated: Evaluation | None = None) -> dict[str, float]:
-        """One optimiser step on the roll-outs at ``index``, or on all of them with ``evaluated``; its record."""
+        """One optimiser step on the roll-outs at ``index``, and its record; see `PPO.step`."""
         config = self.config
-        batch = rollouts if evaluated else rollouts[index]
+        batch = rollouts[index]
         batch = replace(batch, weights=batch.mask / len(batch))
         with self.learner.step(self.run.num_updates) as record:
             parts = []

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhfscale import packing
 from rlhfscale.rewards.base import checked
-from rlhfscale.rl.logprobs import token_logprobs, with_entropy_gradient
+from rlhfscale.rl.logprobs import response_tokens, token_logprobs, with_entropy_gradient
 from rlhfscale.samplers.base import Completions
 from rlhfscale.sequences import Sequences
 
@@ -95,23 +95,19 @@ def evaluate(networks, batch: Rollouts, role: str, temperature: float, *, entrop
 
     Token t of a response is predicted at position ``prompt_length - 1 + t``; the heads run on these positions only.
     """
-    hidden = networks.hidden(batch.ids, role, batch.prompt_lengths, batch.lengths)
-    row, column = batch.mask.nonzero(as_tuple=True)
-    position = row * batch.ids.shape[1] + batch.prompt_lengths[row] - 1 + column
-    selected = hidden.flatten(0, 1).index_select(0, position)
+    response, before = response_tokens(batch.ids, batch.prompt_lengths, batch.lengths)
+    states = networks.hidden_at(batch.ids, before, role, batch.prompt_lengths, batch.lengths)
     read = with_entropy_gradient if entropy_gradient else token_logprobs
-    tokens = batch.ids.flatten()[position + 1]
-    logprobs, entropy = read(selected, networks.output_head(role), tokens, temperature)
-    values = networks.value_head(selected) if networks.value_head and role == networks.critic_role else None
+    logprobs, entropy = read(states, networks.output_head(role), batch.ids[response], temperature)
+    values = networks.value_head(states) if networks.value_head and role == networks.critic_role else None
     return Evaluation(*(x if x is None else _scatter(x, batch.mask) for x in (logprobs, entropy, values)))
 
 
 def evaluate_values(networks, batch: Rollouts) -> torch.Tensor:
     """The values alone, of a critic with a trunk of its own: float32 [batch, response]."""
-    hidden = networks.hidden(batch.ids, networks.critic_role, batch.prompt_lengths, batch.lengths)
-    row, column = batch.mask.nonzero(as_tuple=True)
-    position = row * batch.ids.shape[1] + batch.prompt_lengths[row] - 1 + column
-    return _scatter(networks.value_head(hidden.flatten(0, 1).index_select(0, position)), batch.mask)
+    _, before = response_tokens(batch.ids, batch.prompt_lengths, batch.lengths)
+    states = networks.hidden_at(batch.ids, before, networks.critic_role, batch.prompt_lengths, batch.lengths)
+    return _scatter(networks.value_head(states), batch.mask)
 
 
 def _scatter(tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -121,16 +117,47 @@ def _scatter(tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 def split(lengths: torch.Tensor, max_tokens: int) -> Iterator[torch.Tensor]:
     """Indices of sequences of similar length, each part of at most ``max_tokens`` with its padding (or one
     sequence)."""
-    for index in packing.by_width(lengths.cpu().numpy(), max_tokens):
+    for index in packing.cut(lengths.cpu().numpy(), max_tokens):
         yield torch.from_numpy(index).to(lengths.device)
 
 
-@torch.no_grad()
-def evaluate_all(read: Callable[[Rollouts], Evaluation], rollouts: Rollouts, max_tokens: int) -> Evaluation:
+Read = Callable[[Rollouts], Evaluation]
+
+
+def evaluate_all(read: Read, rollouts: Rollouts, max_tokens: int) -> Evaluation:
     """``read`` without gradients over all roll-outs, in passes of at most ``max_tokens`` tokens."""
+    return _filled(read, rollouts, max_tokens, [], torch.arange(len(rollouts)))
+
+
+def evaluate_before_training(
+    read: Read, rollouts: Rollouts, max_tokens: int, first: torch.Tensor
+) -> tuple[Evaluation, Evaluation | None]:
+    """As `evaluate_all`; and the evaluation with gradients of the first minibatch, which its step would compute again.
+
+    Args:
+        first: int64 [minibatch], the roll-outs of the first step.
+
+    Returns:
+        the evaluation of all, without gradients; that of the first minibatch, or None where it takes several passes.
+    """
+    batch = rollouts[first]
+    if batch.ids.numel() > max_tokens:
+        return evaluate_all(read, rollouts, max_tokens), None
+    now = read(batch)
+    others = torch.ones(len(rollouts), dtype=torch.bool)
+    others[first.cpu()] = False
+    return _filled(read, rollouts, max_tokens, [(first, now)], others.nonzero()[:, 0]), now
+
+
+@torch.no_grad()
+def _filled(read: Read, rollouts: Rollouts, max_tokens: int, done: list, rest: torch.Tensor) -> Evaluation:
+    """The evaluations ``done``, (roll-outs, evaluation) each, and those of the ``rest``, as one."""
+    rest = rest.to(rollouts.lengths.device)
+    for part in split(rollouts.lengths[rest], max_tokens) if len(rest) else ():
+        done.append((rest[part], read(rollouts[rest[part]])))
     found: dict[str, torch.Tensor] = {}
-    for index in split(rollouts.lengths, max_tokens):
-        for name, tensor in vars(read(rollouts[index])).items():
+    for index, evaluation in done:
+        for name, tensor in vars(evaluation).items():
             if tensor is not None:
                 whole = found.setdefault(name, tensor.new_zeros(rollouts.mask.shape))
                 whole[index, : tensor.shape[1]] = tensor

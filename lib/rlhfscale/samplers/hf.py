@@ -225,9 +225,8 @@ def _inverse_cdf(blocks: torch.Tensor, cumulative: torch.Tensor, draws: torch.Te
 
 def _left_padded(prompts: list[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
     longest = max(map(len, prompts))
-    ids = torch.full((len(prompts), longest), pad_id, dtype=torch.long)
-    mask = torch.zeros_like(ids)
+    ids, mask = np.full((len(prompts), longest), pad_id), np.zeros((len(prompts), longest), np.int64)
     for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = torch.as_tensor(prompt)
+        ids[row, longest - len(prompt) :] = prompt
         mask[row, longest - len(prompt) :] = 1
-    return ids, mask
+    return torch.from_numpy(ids), torch.from_numpy(mask)

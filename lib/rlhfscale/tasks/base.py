@@ -12,8 +12,11 @@ Text is whitespace-separated tokens. Responses are untrusted: the verifier compa
 
 import hashlib
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 
 import numpy as np
 
@@ -92,11 +95,15 @@ class Family(ABC):
         weights = 1.0 / np.arange(1, len(self.operations) + 1)
         return weights / weights.sum()
 
+    @cached_property
+    def _thresholds(self) -> list[float]:
+        return np.cumsum(self.frequencies()).tolist()
+
     def problem(self, rng: np.random.Generator, chain_weights: Sequence[float]) -> Problem:
         """Draw a chain; ``chain_weights[k]`` is the relative frequency of chains of ``k + 1`` operations."""
-        cumulative = np.cumsum(chain_weights)
-        length = 1 + int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))
-        ranks = np.searchsorted(np.cumsum(self.frequencies()), rng.random(length), side="right")
+        cumulative = list(accumulate(chain_weights))
+        length = 1 + bisect_right(cumulative, rng.random() * cumulative[-1])
+        ranks = (bisect_right(self._thresholds, draw) for draw in rng.random(length).tolist())
         operations = tuple(self.operations[min(rank, len(self.operations) - 1)] for rank in ranks)
         start = self.start(rng)
         states, state = [], start
