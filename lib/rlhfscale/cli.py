@@ -19,6 +19,7 @@ from rich.markdown import Markdown
 
 from rlhfscale import grid, paths, runner
 from rlhfscale.params import ParamsError
+from rlhfscale.ray_pool import RayError
 from rlhfscale.store import Store, StoreError
 
 app = typer.Typer(
@@ -35,6 +36,10 @@ Figures = Annotated[
     typer.Option("--figure", help="A figure's name or number, such as 01. Repeat for several. [default: all]"),
 ]
 Workers = Annotated[int, typer.Option(min=1, help="Worker processes, one thread each.")]
+Ray = Annotated[
+    str | None,
+    typer.Option(help="Address of a Ray cluster that shares the store, or local. [default: worker processes]"),
+]
 StoreFolder = Annotated[
     Path | None, typer.Option("--store", help="Artifact store. [default: $RLHFSCALE_STORE, else .store in the project]")
 ]
@@ -48,6 +53,7 @@ def run(
     tier: Tier = "laptop",
     figure: Figures = None,
     workers: Workers = 2,
+    ray: Ray = None,
     store: StoreFolder = None,
     results: ResultsFolder = None,
 ) -> None:
@@ -57,6 +63,7 @@ def run(
 
     - `rlhfscale run` makes every figure of the laptop tier
     - `rlhfscale run --tier smoke --figure 01` makes one figure with the smallest settings
+    - `rlhfscale run --ray 10.0.0.1:6379 --store /shared/store` makes them on a Ray cluster
 
     Interrupt it at any time: running it again continues.
     """
@@ -71,7 +78,7 @@ def run(
             f"about {minutes:.1f} minutes with {workers} workers",
             highlight=False,
         )
-        if not runner.run(figures, tier, artifacts, root, workers, console):
+        if not runner.run(figures, tier, artifacts, root, workers, console, ray):
             raise typer.Exit(1)
 
 
@@ -223,7 +230,7 @@ def _errors() -> Iterator[Console]:
         yield Console()
     except (ParamsError, FileNotFoundError) as error:
         _exit(f"error: {error}", 2)
-    except StoreError as error:
+    except (StoreError, RayError) as error:
         _exit(f"error: {error}", 2)
     except KeyboardInterrupt:
         _exit("interrupted", 130)

@@ -7,15 +7,10 @@ calling process, which may be a notebook's kernel, so its memory is given back a
 """
 
 import heapq
-import os
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
-from multiprocessing.connection import Pipe, wait
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +20,12 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from rlhfscale.pool import LocalPool, Outcome, Pool
 from rlhfscale.spec import Spec
 from rlhfscale.store import Store, StoreError
 
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 MAX_ATTEMPTS = 2  # a node whose worker process died is tried once more
-TERMINATE_S = 3.0  # time for workers to delete their temporary folders before they are killed
+MAX_ATTEMPTS_ON_RAY = 4  # there machines come and go
 PLAIN_LINE_S = 15.0  # between progress lines where there is no terminal
 
 Specs = Iterable[Spec] | Iterable[Iterable[Spec]] | Mapping[str, Iterable[Spec]]
@@ -52,6 +47,8 @@ class Node:
     path_s: float = 0.0
     """Estimated seconds from this node's start to the end of the longest chain of its group's nodes behind it."""
     attempts: int = 0
+    started: float = 0.0
+    """By the monotonic clock, where it is running."""
 
 
 @dataclass
@@ -199,24 +196,27 @@ def ensure(
     *,
     store: Store | None = None,
     workers: int = 2,
+    ray: str | None = None,
     progress: bool = True,
     on_done: Callable[[Spec, str], None] | None = None,
     raise_on_failure: bool = True,
     console: Console | None = None,
 ) -> Results:
-    """Have the artifacts of all ``specs``, making what is missing in ``workers`` single-threaded processes.
+    """Have the artifacts of all ``specs``, making what is missing in ``workers`` single-threaded processes, or as tasks
+    of the Ray cluster at the address ``ray`` (``local`` starts one).
 
     ``on_done(spec, status)`` is called in this thread for every node as it is settled: cached, done, failed or skipped.
     A node that fails is reported, its dependants are skipped, all others go on; then GridError, unless
     ``raise_on_failure`` is false. A store that cannot be written stops everything with StoreError. Interrupted, it
     stops the workers, which delete what is half made, and raises KeyboardInterrupt; calling it again continues.
+    Raises ray_pool.RayError where Ray cannot be used, before anything is computed.
     """
     store = store or Store()
     todo = plan(specs, store, workers)
     requested = {spec.key: spec for group in todo.groups.values() for spec in group}
     results = Results(store, tuple(requested.values()), {})
     console = console or Console()
-    run = _Run(todo, store, results, console, on_done or (lambda spec, status: None), progress)
+    run = _Run(todo, store, results, console, on_done or (lambda spec, status: None), progress, ray)
     run.execute()
     if results.failures and raise_on_failure:
         lines = [f"{f.spec.title}: {f.message} (log: {f.log})" for f in results.failures.values()]
@@ -246,48 +246,14 @@ def status(store: Store | None = None) -> Table:
     return table
 
 
-class _Worker:
-    """A process of :mod:`rlhfscale.worker` and this end of the pipe to it."""
-
-    def __init__(self, store: Store):
-        self.connection, far_end = Pipe()
-        environment = os.environ | dict.fromkeys(THREAD_VARIABLES, "1")
-        environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
-        environment |= {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "rlhfscale.worker", str(far_end.fileno()), str(os.getpid())],
-            pass_fds=[far_end.fileno()],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C in the terminal reaches the driver alone, which stops its workers
-        )
-        far_end.close()
-        self.node: Node | None = None
-        self.started = 0.0
-        self.connection.send(store.root)
-
-    def give(self, node: Node) -> None:
-        self.node, self.started = node, time.monotonic()
-        node.status, node.attempts = "running", node.attempts + 1
-        with suppress(OSError):  # it may have died just now: its closed pipe will tell
-            self.connection.send(node.spec)
-
-    def death(self) -> str:
-        """Why the process has ended, in words."""
-        code = self.process.wait()
-        if code == -9:
-            return "was killed (signal 9; often the machine ran out of memory)"
-        return f"was ended by signal {-code}" if code < 0 else f"exited with status {code}"
-
-
 class _Run:
     """The state of one call of :func:`ensure`."""
 
-    def __init__(self, todo: Plan, store: Store, results: Results, console: Console, on_done, progress: bool):
+    def __init__(self, todo: Plan, store: Store, results: Results, console: Console, on_done, progress: bool, ray):
         self.plan, self.nodes, self.store, self.results = todo, todo.nodes, store, results
-        self.console, self.on_done = console, on_done
+        self.console, self.on_done, self.ray = console, on_done, ray
         self.progress = _Progress(self, console) if progress else None
-        self.workers: list[_Worker] = []
+        self.pool: Pool | None = None
         self.estimated_s = self.spent_s = 0.0  # of nodes done: their ratio corrects the time left
         self.start = time.monotonic()
 
@@ -298,7 +264,7 @@ class _Run:
             return
         self.store.check_writable()
         self.store.sweep()
-        (self.store.root / "logs").mkdir(exist_ok=True)
+        self.pool = self.open_pool()
         try:
             if self.progress:
                 self.progress.begin()
@@ -309,54 +275,56 @@ class _Run:
             if self.progress:
                 self.progress.end()
 
+    def open_pool(self) -> Pool:
+        if self.ray is None:
+            return LocalPool(self.store, self.plan.workers)
+        from rlhfscale.ray_pool import RayPool
+
+        return RayPool(self.store, self.ray, self.plan.workers)
+
     def step(self) -> bool:
-        """Give work to idle workers and wait for one to report; False when nothing is left."""
+        """Start what there is room for and wait for something to end; False when nothing is left."""
         ready = sorted((node for node in self.plan.to_run if self.ready(node)), key=_priority)
-        idle = [worker for worker in self.workers if worker.node is None]
-        for node in ready[: self.plan.workers - len(self.workers) + len(idle)]:
-            if not idle:
-                idle.append(_Worker(self.store))
-                self.workers.append(idle[0])
-            idle.pop().give(node)
-        busy = {worker.connection: worker for worker in self.workers if worker.node}
-        if not busy:
+        for node in ready[: self.pool.room()]:
+            node.status, node.attempts, node.started = "running", node.attempts + 1, time.monotonic()
+            self.pool.start(node.spec)
+        if not self.running:
             return False
-        for connection in wait(list(busy), timeout=0.5):
-            self.receive(busy[connection])
+        for outcome in self.pool.wait(0.5):
+            self.receive(self.nodes[outcome.spec.key], outcome)
         if self.progress:
             self.progress.tick()
         return True
 
+    @property
+    def running(self) -> list[Node]:
+        return [node for node in self.nodes.values() if node.status == "running"]
+
     def ready(self, node: Node) -> bool:
         return all(self.nodes[parent].status in ("cached", "done") for parent in node.parents)
 
-    def receive(self, worker: _Worker) -> None:
-        node, worker.node = worker.node, None
+    def receive(self, node: Node, outcome: Outcome) -> None:
         log = self.store.root / "logs" / f"{node.spec.key}.log"
-        try:
-            outcome, seconds, message, trace = worker.connection.recv()
-        except (EOFError, ConnectionError):
-            self.workers.remove(worker)
-            worker.connection.close()
-            reason = f"its worker process {worker.death()}"
+        if outcome.status == "lost":
             self.store.sweep()
-            if node.attempts < MAX_ATTEMPTS:
+            attempts = MAX_ATTEMPTS if self.ray is None else MAX_ATTEMPTS_ON_RAY
+            if node.attempts < attempts:
                 node.status = "todo"
-                self.say(f"[yellow]retried[/] {escape(node.spec.title)}: {reason}")
+                self.say(f"[yellow]retried[/] {escape(node.spec.title)}: {outcome.message}")
             else:
-                self.fail(node, Failure(node.spec, f"{reason}, {MAX_ATTEMPTS} times", "", log))
+                self.fail(node, Failure(node.spec, f"{outcome.message}, {attempts} times", "", log))
             return
-        if outcome == "store":
-            raise StoreError(message)
-        if outcome == "failed":
-            self.fail(node, Failure(node.spec, message, trace, log))
+        if outcome.status == "store":
+            raise StoreError(outcome.message)
+        if outcome.status == "failed":
+            self.fail(node, Failure(node.spec, outcome.message, outcome.traceback, log))
             return
-        if outcome == "done":
+        if outcome.status == "done":
             self.estimated_s += node.spec.cost_s
-            self.spent_s += seconds
+            self.spent_s += outcome.seconds
         if log.exists() and log.stat().st_size == 0:
             log.unlink()
-        self.settle(node, outcome)
+        self.settle(node, outcome.status)
 
     def fail(self, node: Node, failure: Failure) -> None:
         self.results.failures[node.spec.key] = failure
@@ -377,19 +345,9 @@ class _Run:
         self.console.print(text, highlight=False, soft_wrap=True)
 
     def stop(self) -> None:
-        """End the workers: those at work get a moment to delete what is half made, then they are killed."""
-        at_work = [worker for worker in self.workers if worker.node]
-        for worker in self.workers:
-            worker.process.terminate()
-        deadline = time.monotonic() + TERMINATE_S
-        for worker in self.workers:
-            try:
-                worker.process.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                worker.process.kill()
-                worker.process.wait()
-            worker.connection.close()
-        self.workers.clear()
+        """End the pool; what was half made is swept away."""
+        at_work = self.running
+        self.pool.stop()
         if at_work:
             self.store.sweep()
             done = sum(node.status in ("cached", "done") for node in self.nodes.values())
@@ -397,7 +355,7 @@ class _Run:
 
     def left_s(self) -> float:
         """Estimated seconds left, from the specs' estimates corrected by the speed seen so far."""
-        elapsed = {w.node.spec.key: time.monotonic() - w.started for w in self.workers if w.node}
+        elapsed = {node.spec.key: time.monotonic() - node.started for node in self.running}
         nodes = [node for node in self.nodes.values() if node.status in ("todo", "running")]
         speed = self.spent_s / self.estimated_s if self.estimated_s else 1.0
         work = sum(max(0.0, node.spec.cost_s * speed - elapsed.get(node.spec.key, 0.0)) for node in nodes)
@@ -417,7 +375,7 @@ class _Progress:
     def line(self) -> str:
         count = Counter(node.status for node in self.run.nodes.values())
         finished = count["done"] + count["cached"]
-        running = ", ".join(worker.node.spec.title for worker in self.run.workers if worker.node)
+        running = ", ".join(node.spec.title for node in self.run.running)
         broken = f"[red]{count['failed']} failed, {count['skipped']} skipped[/]  " if count["failed"] else ""
         return (
             f"[green]{finished}/{len(self.run.nodes)} done[/]  {count['running']} running  {broken}"

@@ -372,7 +372,7 @@ def real_model(runs: pd.DataFrame, summary: pd.DataFrame, training: pd.DataFrame
     """
     rows = select(summary, "sampled_accuracy")
     stages = [name for name in REAL_STAGES if name in set(rows["stage"])]
-    tasks = [*dict.fromkeys(rows["task"])]
+    tasks = sorted(set(rows["task"]), key=lambda task: (task == "all", task))
     caption = interval_caption(summary, "dots: seeds; bars: ") + " A response is right if the last number in it is."
     figure, axes, legend = new_figure(2, 2, 4.6, caption)
     grid = axes[0, 0].get_gridspec()

@@ -117,14 +117,27 @@ def total_s(figures: Sequence[Figure], todo: grid.Plan) -> float:
     return todo.wall_s + NOTEBOOK_S * (1 if todo.to_run else -(-len(figures) // NOTEBOOKS_AT_ONCE))
 
 
-def run(figures: Sequence[Figure], tier: str, store: Store, results: Path, workers: int, console: Console) -> bool:
-    """Make the figures; True where all of them landed. Failures are reported and do not stop the other figures."""
+def run(
+    figures: Sequence[Figure],
+    tier: str,
+    store: Store,
+    results: Path,
+    workers: int,
+    console: Console,
+    ray: str | None = None,
+) -> bool:
+    """Make the figures; True where all of them landed. Failures are reported and do not stop the other figures.
+
+    Args:
+        workers, ray: where artifacts are made, see `grid.ensure`.
+    """
     board = _Board(figures, tier, store, results, console)
     try:
         made = grid.ensure(
             {figure.name: figure.specs for figure in figures},
             store=store,
             workers=workers,
+            ray=ray,
             on_done=board.settled,
             raise_on_failure=False,
             console=console,

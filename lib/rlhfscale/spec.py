@@ -14,6 +14,16 @@ from typing import Any, ClassVar, Self
 from pydantic import BaseModel, ConfigDict
 
 
+class Needs(BaseModel):
+    """What a node asks of the machine it is made on: cores, GPUs, MiB of memory."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    cpus: float = 1.0
+    gpus: float = 0.0
+    memory_mib: int = 1024
+
+
 class Spec(BaseModel):
     """A node of the graph. Subclasses are the stages' specs (see :mod:`rlhfscale.specs`).
 
@@ -65,6 +75,11 @@ class Spec(BaseModel):
     def cost_s(self) -> float:
         """Estimated seconds on one CPU thread, for plans and progress bars only."""
         return 1.0
+
+    @property
+    def needs(self) -> "Needs":
+        """What a cluster must set aside for it."""
+        return Needs()
 
     @property
     def title(self) -> str:

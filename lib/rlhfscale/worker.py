@@ -1,4 +1,4 @@
-"""A worker process of :mod:`rlhfscale.grid`: makes one artifact after another until its driver is gone.
+"""A worker process of :mod:`rlhfscale.pool`: makes one artifact after another until its driver is gone.
 
 Started as ``python -m rlhfscale.worker DESCRIPTOR DRIVER_PID``, with one thread for every numerical library set in its
 environment. A plain subprocess rather than multiprocessing's spawn: it never imports the driver's ``__main__``, so it
@@ -34,25 +34,30 @@ def make(spec: Spec, store: Store) -> str:
     return "done"
 
 
+def attempt(spec: Spec, store: Store) -> tuple[str, float, str, str]:
+    """Make a spec: status, seconds, message and traceback (see `pool.Outcome`); all output goes to the spec's log."""
+    (store.root / "logs").mkdir(parents=True, exist_ok=True)
+    log = open(store.root / "logs" / f"{spec.key}.log", "w")  # noqa: SIM115  (becomes standard output)
+    os.dup2(log.fileno(), 1)
+    os.dup2(log.fileno(), 2)
+    log.close()
+    start, message, trace = time.perf_counter(), "", ""
+    try:
+        status = make(spec, store)
+    except StoreError as error:
+        status, message, trace = "store", str(error), traceback.format_exc()
+    except Exception as error:
+        text = str(error).strip().splitlines() or [""]
+        status, message, trace = "failed", f"{type(error).__name__}: {text[0]}", traceback.format_exc()
+    with suppress(OSError):  # a full disk: the driver has the traceback all the same
+        print(trace, end="", file=sys.stderr, flush=True)
+    return status, time.perf_counter() - start, message, trace
+
+
 def serve(connection: Connection, store: Store) -> None:
-    """Receive a spec, make it, send ``(status, seconds, message, traceback)``; all output goes to the spec's log."""
+    """Receive a spec, make it, send how that ended, and so on."""
     while True:
-        spec = connection.recv()
-        log = open(store.root / "logs" / f"{spec.key}.log", "w")  # noqa: SIM115  (becomes standard output)
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-        log.close()
-        start, message, trace = time.perf_counter(), "", ""
-        try:
-            status = make(spec, store)
-        except StoreError as error:
-            status, message, trace = "store", str(error), traceback.format_exc()
-        except Exception as error:
-            text = str(error).strip().splitlines() or [""]
-            status, message, trace = "failed", f"{type(error).__name__}: {text[0]}", traceback.format_exc()
-        with suppress(OSError):  # a full disk: the driver has the traceback all the same
-            print(trace, end="", file=sys.stderr, flush=True)
-        connection.send((status, time.perf_counter() - start, message, trace))
+        connection.send(attempt(connection.recv(), store))
 
 
 def _exit_with(driver: int) -> None:

@@ -1,0 +1,128 @@
+"""The nodes of a grid as Ray tasks, on a cluster or on a Ray of this machine's own.
+
+The store must be a folder that every machine of the cluster sees under the same path. Locks, checksums and renames are
+the store's own, so a task whose machine is lost leaves nothing behind but a temporary folder, which `Store.sweep`
+deletes. Ray is asked for cores, GPUs and memory by each spec and decides what runs where. It never repeats a task by
+itself: the grid counts attempts.
+"""
+
+import os
+import socket
+import threading
+from pathlib import Path
+from typing import Any
+
+from rlhfscale.pool import THREAD_VARIABLES, Outcome, Pool, worker_environment
+from rlhfscale.spec import Spec
+from rlhfscale.store import Store
+
+LOCAL = "local"
+
+
+class RayError(RuntimeError):
+    """Ray is not installed, or no cluster answers at the address."""
+
+
+class RayPool(Pool):
+    """Ray tasks.
+
+    Args:
+        store: on a file system that all machines share.
+        address: of a running cluster, such as ``10.0.0.1:6379`` or ``ray://host:10001``; ``local`` starts one here.
+        workers: cores of the cluster that ``local`` starts; ignored for another.
+
+    Raises:
+        RayError: see there.
+    """
+
+    def __init__(self, store: Store, address: str, workers: int):
+        try:
+            import ray
+        except ImportError as error:
+            raise RayError("--ray needs Ray, which is not installed: make setup EXTRAS=ray") from error
+        self.ray, self.store = ray, store
+        self.mine = not ray.is_initialized()
+        if self.mine:
+            _check_answers(address)
+            where, variables = {"address": address}, dict.fromkeys(THREAD_VARIABLES, "1")
+            if address == LOCAL:
+                where, variables = {"num_cpus": workers, "include_dashboard": False}, worker_environment()
+            try:
+                ray.init(**where, runtime_env={"env_vars": variables}, log_to_driver=False, logging_level="ERROR")
+            except (ConnectionError, ValueError, RuntimeError) as error:
+                raise RayError(f"--ray {address}: no Ray cluster could be reached there ({error})") from error
+        self.make = ray.remote(max_retries=0)(_make)
+        self.running: dict[Any, Spec] = {}
+        self._check_shared()
+
+    def room(self) -> int:
+        """Enough waiting tasks to keep the cluster busy, and no more, so that the order of the plan holds."""
+        return max(0, int(self.ray.cluster_resources().get("CPU", 1)) - len(self.running))
+
+    def start(self, spec: Spec) -> None:
+        needs = spec.needs
+        options = {"num_cpus": needs.cpus, "num_gpus": needs.gpus, "memory": needs.memory_mib * 2**20}
+        task = self.make.options(name=spec.title, **options).remote(spec, self.store.root)
+        self.running[task] = spec
+
+    def wait(self, timeout_s: float) -> list[Outcome]:
+        done, _ = self.ray.wait(list(self.running), timeout=timeout_s)
+        return [self._ended(task, self.running.pop(task)) for task in done]
+
+    def _ended(self, task: Any, spec: Spec) -> Outcome:
+        lost = self.ray.exceptions
+        try:
+            return Outcome(spec, *self.ray.get(task))
+        except (lost.WorkerCrashedError, lost.NodeDiedError, lost.OutOfMemoryError, lost.ObjectLostError) as error:
+            return Outcome(spec, "lost", message=f"its Ray worker is gone ({type(error).__name__})")
+
+    def stop(self) -> None:
+        for task in self.running:
+            self.ray.cancel(task, force=True)
+        self.running.clear()
+        if self.mine:
+            self.ray.shutdown()
+
+    def _check_shared(self) -> None:
+        """Raise RayError unless every machine of the cluster sees the store."""
+        probe = self.store.root / f".probe.{os.getpid()}.{threading.get_ident()}"
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        try:
+            strategy = self.ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
+            alive = [node for node in self.ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+            sees = self.ray.remote(num_cpus=0, max_retries=0)(_sees)
+            asked = [
+                sees.options(scheduling_strategy=strategy(node["NodeID"], soft=True)).remote(probe) for node in alive
+            ]
+            blind = [
+                node["NodeManagerHostname"] for node, found in zip(alive, self.ray.get(asked), strict=True) if not found
+            ]
+        finally:
+            probe.unlink()
+        if blind:
+            raise RayError(
+                f"--ray: {', '.join(blind)} cannot see the store {self.store.root}; choose a folder that all machines"
+                " share (--store, RLHFSCALE_STORE)"
+            )
+
+
+def _check_answers(address: str) -> None:
+    """Raise RayError where nothing listens: Ray itself tries for minutes, then ends the process."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if address == LOCAL:
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, ValueError) as error:
+        raise RayError(f"--ray {address}: no Ray cluster answers there ({error}); give host:port or local") from None
+
+
+def _sees(probe: Path) -> bool:
+    return probe.exists()
+
+
+def _make(spec: Spec, root: Path) -> tuple[str, float, str, str]:
+    from rlhfscale import worker
+
+    return worker.attempt(spec, Store(root))

@@ -1,0 +1,94 @@
+"""The same grids on a Ray cluster of two nodes: same artifacts, lost nodes, clear errors."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from rlhfscale.ray_pool import RayError, RayPool
+from rlhfscale.store import Store
+from test_grid import diamond, lines, no_half_artifact, quiet, run
+from toy_stages import Number, Total, read
+
+pytestmark = pytest.mark.xdist_group("ray")
+
+
+def test_without_ray_the_error_says_how_to_install_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(RayError, match="make setup EXTRAS=ray"):
+        RayPool(Store(tmp_path), "local", 1)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    pytest.importorskip("ray", reason="Ray is not installed: make setup EXTRAS=ray")
+    from ray.cluster_utils import Cluster
+
+    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = path
+    found = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    for _ in range(2):
+        found.add_node(num_cpus=1)
+    yield found
+    import ray
+
+    ray.shutdown()
+    found.shutdown()
+    os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
+
+
+def test_a_graph_is_made_once_and_then_cached(cluster, tmp_path):
+    store, trace = Store(tmp_path / "s"), tmp_path / "trace"
+    top = diamond(str(trace))
+    assert read(run([top], store, ray=cluster.address)[top]) == 4
+    assert len(lines(trace)) == 5
+    assert set(run([top], store, ray=cluster.address).status.values()) == {"cached"}
+    assert read(run([top], Store(tmp_path / "local"))[top]) == 4
+    no_half_artifact(store)
+
+
+def test_a_failure_is_reported_and_the_others_go_on(cluster, tmp_path):
+    bad = Total(parts=(Number(value=1),), mood="raise")
+    results = run([Total(parts=(bad,)), diamond()], Store(tmp_path), ray=cluster.address, raise_on_failure=False)
+    assert "loss is NaN at step 3" in results.failures[bad.key].message
+    assert "said before failing" in results.failures[bad.key].log.read_text()
+    assert results.status[diamond().key] == "done"
+    no_half_artifact(Store(tmp_path))
+
+
+def test_a_lost_worker_and_a_lost_node_lose_nothing(cluster, tmp_path):
+    store, trace, console = Store(tmp_path / "s"), tmp_path / "trace", quiet()
+    once = Total(parts=(), mood="die once", trace=str(trace))
+    slow = [Number(value=value, sleep_s=1.5) for value in range(6)]
+    doomed = cluster.add_node(num_cpus=1)
+    cluster.wait_for_nodes()
+    timer = threading.Timer(4.0, lambda: cluster.remove_node(doomed, allow_graceful=False))
+    timer.start()
+    results = run([once, *slow], store, ray=cluster.address, console=console)
+    timer.join()
+    assert set(results.status.values()) == {"done"} and len(lines(trace)) == 2
+    assert "its Ray worker is gone" in console.export_text()
+    no_half_artifact(store)
+
+
+def test_a_store_that_a_machine_cannot_see_is_refused(cluster, tmp_path, monkeypatch):
+    from rlhfscale import ray_pool
+
+    monkeypatch.setattr(ray_pool, "_sees", lambda probe: False)
+    with pytest.raises(RayError, match=f"cannot see the store {tmp_path}"):
+        run([Number(value=1)], Store(tmp_path), ray=cluster.address)
+    assert not list(tmp_path.glob(".probe*"))
+
+
+def test_an_address_without_a_cluster_is_an_error_in_words(tmp_path):
+    pytest.importorskip("ray", reason="Ray is not installed: make setup EXTRAS=ray")
+    code = "from rlhfscale.ray_pool import *; from rlhfscale.store import Store; import sys\n"
+    code += "try: RayPool(Store(sys.argv[1]), '127.0.0.1:1', 1)\nexcept RayError as error: print('refused:', error)"
+    start = time.monotonic()
+    found = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    assert "refused: --ray 127.0.0.1:1: no Ray cluster answers there" in found.stdout, found.stderr
+    assert time.monotonic() - start < 60
