@@ -1,5 +1,5 @@
-"""The whole smoke tier on a Ray cluster of two nodes on this machine: one is killed half-way, another joins, and the tables
-are compared with those of worker processes; and how much two nodes do in the time of one.
+"""The whole smoke tier on a Ray cluster of two nodes on this machine: one is killed half-way, another joins, and the
+tables are compared with those of worker processes; and how much two nodes do in the time of one.
 
     python tests/ray_smoke.py                 the killed node
     python tests/ray_smoke.py --throughput    the times, undisturbed

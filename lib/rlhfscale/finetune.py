@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from rlhfscale import parallel
 from rlhfscale.data.documents import bucketed_batches
 from rlhfscale.lm import warmup_stable_decay
 from rlhfscale.models import POLICY
@@ -62,6 +63,8 @@ def response_loss(networks: SharedBase, batch: Sequences) -> torch.Tensor:
         torch.from_numpy(x).to(device) for x in (batch.ids, batch.prompt_lengths, batch.lengths)
     )
     response, before = response_tokens(ids, prompt_lengths, lengths)
-    states = networks.hidden_at(ids, before, POLICY, prompt_lengths, lengths)
-    logprobs, _ = token_logprobs(states, networks.output_head(POLICY), ids[response], 1.0)
-    return -logprobs.mean()
+    rows = parallel.own(len(ids)).to(device)
+    states = networks.hidden_at(ids[rows], before[rows], POLICY, prompt_lengths[rows], lengths[rows])
+    logprobs, _ = token_logprobs(states, networks.output_head(POLICY), ids[rows][response[rows]], 1.0)
+    laid_out = logprobs.new_zeros(response[rows].shape).masked_scatter(response[rows], logprobs)
+    return -parallel.whole(laid_out, rows, len(ids))[response].mean()

@@ -12,7 +12,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhfscale import llama, lm, models, packing
+from rlhfscale import llama, lm, models, packing, parallel
 from rlhfscale.rewards.base import Normalised, moments
 from rlhfscale.rewards.labelled import encode, nonempty
 from rlhfscale.sequences import Sequences
@@ -107,6 +107,22 @@ def read_head(
     Returns:
         float32 [position], row by row.
     """
+    if parallel.size() > 1:
+        return _of_all(states, head, sequences, where, tokens)
+    return _read_own(states, head, sequences, where, tokens)
+
+
+def _of_all(states, head: nn.Module, sequences: Sequences, where: np.ndarray, tokens: int) -> torch.Tensor:
+    """`read_head` on this process's share of the sequences, joined with what the other processes found."""
+    rows = parallel.own(len(sequences)).numpy()
+    share = sequences[rows]
+    read = _read_own(states, head, share, where[rows][:, : share.ids.shape[1]], tokens)
+    laid_out = read.new_zeros(where[rows].shape)
+    laid_out = laid_out.masked_scatter(torch.from_numpy(where[rows]).to(read.device), read)
+    return parallel.whole(laid_out, torch.from_numpy(rows), len(where))[torch.from_numpy(where).to(read.device)]
+
+
+def _read_own(states, head: nn.Module, sequences: Sequences, where: np.ndarray, tokens: int) -> torch.Tensor:
     parameter = next(head.parameters())
     ids = np.where(np.arange(sequences.ids.shape[1]) < sequences.lengths[:, None], sequences.ids, 0)
     number = where.cumsum().reshape(where.shape) - 1
@@ -204,6 +220,7 @@ def fit(
             raise lm.Diverged(f"step {step}: reward-model loss is {loss.item()}; lower the learning rate")
         model.zero_grad(set_to_none=True)
         loss.backward()
+        parallel.sum_gradients(model.parameters())
         norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
         if not torch.isfinite(norm):
             raise lm.Diverged(f"step {step}: reward-model gradient norm is {norm.item()}; lower the learning rate")

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from rlhfscale import parallel
 from rlhfscale.lm import Diverged
 
 STATE = "state.json"
@@ -62,6 +63,7 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         record: dict[str, float] = {}
         yield record
+        parallel.sum_gradients(p for parameters in self.parameters.values() for p in parameters)
         for role, parameters in self.parameters.items():
             record[f"{role}_grad_norm"] = nn.utils.clip_grad_norm_(parameters, self.max_grad_norm).item()
         if not torch.tensor(list(record.values())).isfinite().all():

@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from rlhfscale import models
+from rlhfscale import models, parallel
 from rlhfscale.rewards.base import as_reward
 from rlhfscale.rewards.shared import attach
 from rlhfscale.rl import learner
@@ -168,8 +168,10 @@ class Trainer:
         folder = Path(folder) if folder is not None else None
         source = prompts if callable(prompts) else self._shuffled(prompts)
         records = self._resume(folder) if folder else []
-        writer = _tensorboard(folder) if tensorboard else None
-        bar = tqdm(range(self.run.num_updates, num_updates), disable=not progress, desc=self.algorithm, unit="update")
+        parallel.barrier()  # nobody writes before all have read
+        writer = _tensorboard(folder) if tensorboard and parallel.rank() == 0 else None
+        left = range(self.run.num_updates, num_updates)
+        bar = tqdm(left, disable=not progress or parallel.rank() > 0, desc=self.algorithm, unit="update")
         for update in bar:
             metrics, completions = self.update(source(update))
             records.append(
@@ -179,11 +181,12 @@ class Trainer:
             if writer:
                 for name, value in records[-1].items():
                     writer.add_scalar(f"{self.algorithm}/{name}", value, update)
-            if folder and ((update + 1) % checkpoint_every == 0 or update + 1 == num_updates):
+            if folder and parallel.rank() == 0 and ((update + 1) % checkpoint_every == 0 or update + 1 == num_updates):
                 temporary = folder / (METRICS + ".tmp")
                 pd.DataFrame(records).to_csv(temporary, index=False)
                 temporary.replace(folder / METRICS)  # before the checkpoint: rows that are ahead of it are dropped
                 self.save(folder / CHECKPOINT)
+        parallel.barrier()
         if writer:
             writer.close()
         return pd.DataFrame(records)

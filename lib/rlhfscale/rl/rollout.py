@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from rlhfscale import packing
+from rlhfscale import packing, parallel
 from rlhfscale.rewards.base import checked
 from rlhfscale.rl.logprobs import response_tokens, token_logprobs, with_entropy_gradient
 from rlhfscale.samplers.base import Completions
@@ -95,22 +95,31 @@ def evaluate(networks, batch: Rollouts, role: str, temperature: float, *, entrop
 
     Token t of a response is predicted at position ``prompt_length - 1 + t``; the heads run on these positions only.
     """
+    count, width = batch.mask.shape
+    rows = parallel.own(count).to(batch.ids.device)
+    batch = batch[rows] if len(rows) < count else batch
     response, before = response_tokens(batch.ids, batch.prompt_lengths, batch.lengths)
     states = networks.hidden_at(batch.ids, before, role, batch.prompt_lengths, batch.lengths)
     read = with_entropy_gradient if entropy_gradient else token_logprobs
     logprobs, entropy = read(states, networks.output_head(role), batch.ids[response], temperature)
     values = networks.value_head(states) if networks.value_head and role == networks.critic_role else None
-    return Evaluation(*(x if x is None else _scatter(x, batch.mask) for x in (logprobs, entropy, values)))
+    found = (x if x is None else _scatter(x, batch.mask, width) for x in (logprobs, entropy, values))
+    return Evaluation(*(x if x is None else parallel.whole(x, rows, count) for x in found))
 
 
 def evaluate_values(networks, batch: Rollouts) -> torch.Tensor:
     """The values alone, of a critic with a trunk of its own: float32 [batch, response]."""
+    count, width = batch.mask.shape
+    rows = parallel.own(count).to(batch.ids.device)
+    batch = batch[rows] if len(rows) < count else batch
     _, before = response_tokens(batch.ids, batch.prompt_lengths, batch.lengths)
     states = networks.hidden_at(batch.ids, before, networks.critic_role, batch.prompt_lengths, batch.lengths)
-    return _scatter(networks.value_head(states), batch.mask)
+    return parallel.whole(_scatter(networks.value_head(states), batch.mask, width), rows, count)
 
 
-def _scatter(tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def _scatter(tokens: torch.Tensor, mask: torch.Tensor, width: int) -> torch.Tensor:
+    """[batch, width] of what stands in a row for the marked tokens."""
+    mask = torch.nn.functional.pad(mask, (0, width - mask.shape[1]))
     return tokens.new_zeros(mask.shape).masked_scatter(mask, tokens)
 
 
@@ -199,15 +208,29 @@ def collect(
     """
     if hasattr(sampler, "push"):
         sampler.push(networks)
+    rows = parallel.own(len(prompts)).numpy()
+    asked = prompts if len(rows) == len(prompts) else [prompts[row] for row in rows]
+    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "tokenizer": tokenizer}
     with networks.decoder() as policy:
-        completions = sampler(
-            policy, prompts, seeds=seeds, max_new_tokens=max_new_tokens, temperature=temperature, tokenizer=tokenizer
-        )
+        completions = sampler(policy, asked, seeds=seeds[rows], **options)
+    completions = _of_all(completions, rows, seeds, policy.device)
     sequences = joined(prompts, completions, tokenizer)
     scores = checked(reward.score(sequences), len(sequences))
     batch = from_sequences(sequences, completions, policy.device)
     scores = torch.from_numpy(scores).to(batch.ids.device) - missing_eos_penalty * (~batch.finished)
     return replace(batch, scores=scores), completions
+
+
+def _of_all(completions: Completions, rows: np.ndarray, seeds: np.ndarray, device: torch.device) -> Completions:
+    """All processes' completions in the order of the prompts, from each one's of its ``rows``."""
+    if len(rows) == len(seeds):
+        return completions
+    found = {}
+    for name in ("ids", "logprobs", "lengths", "finished"):
+        values = torch.from_numpy(getattr(completions, name)).to(device)
+        values = values.to(torch.int64) if name == "finished" else values
+        found[name] = parallel.whole(values, torch.from_numpy(rows), len(seeds)).cpu().numpy()
+    return replace(completions, **found | {"finished": found["finished"].astype(bool), "seeds": seeds})
 
 
 def joined(prompts: Sequence[Sequence[int]], completions: Completions, tokenizer: PreTrainedTokenizerBase) -> Sequences:

@@ -1,0 +1,82 @@
+"""Training on several processes at once, each with a copy of the model (data parallelism).
+
+Where ``torch.distributed`` is set up (``torchrun`` does it, see `start`), each process computes its share of every
+batch's sequences, in sampling, scoring and training. What they find for each token (log-probabilities, values, scores)
+is summed over processes, so every process has the numbers of the whole batch and computes the same advantages and
+losses from them; only its own share carries gradients, and these are summed before each optimiser step. So the losses
+know nothing of this module, and the copies stay equal. One process alone does none of it.
+
+What is sent is a few numbers a token and the gradients of what is trained: with LoRA, of the adapters.
+"""
+
+import os
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+
+
+def start(backend: str | None = None) -> None:
+    """Join the processes that ``torchrun`` started: gloo on CPUs, NCCL on GPUs. Nothing happens outside of it."""
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group(backend or ("nccl" if torch.cuda.is_available() else "gloo"))
+
+
+def size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's number; files are written by 0 alone."""
+    return dist.get_rank() if size() > 1 else 0
+
+
+def barrier() -> None:
+    """Wait until all processes are here."""
+    if size() > 1:
+        dist.barrier()
+
+
+def own(count: int) -> torch.Tensor:
+    """int64: which of ``count`` sequences are this process's. Never none, or its loss would have no gradient; what
+    several processes compute, because there are fewer sequences than processes, counts once (see `whole`)."""
+    return torch.arange(min(rank(), count - 1), count, size())
+
+
+def whole(values: torch.Tensor, rows: torch.Tensor, count: int) -> torch.Tensor:
+    """The values of all sequences, [count, ...], from each process's ``values`` of its ``rows`` (see `own`).
+
+    Those of this process keep their gradient.
+    """
+    if size() == 1:
+        return values
+    counts_once = values if rank() < count else 0.0 * values
+    return summed(values.new_zeros(count, *values.shape[1:]).index_copy(0, rows.to(values.device), counts_once))
+
+
+def summed(values: torch.Tensor) -> torch.Tensor:
+    """The sum over processes, of which this process's term keeps its gradient."""
+    if size() == 1:
+        return values
+    total = values.detach().clone()
+    dist.all_reduce(total)
+    return values + (total - values.detach()) if values.requires_grad else total
+
+
+def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Sum gradients over processes, in place; a parameter without one counts as 0 where another process has one."""
+    if size() == 1:
+        return
+    parameters = list(parameters)
+    has = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.float32)
+    has = has.to(parameters[0].device)
+    dist.all_reduce(has)
+    moved = [parameter for parameter, some in zip(parameters, has.tolist(), strict=True) if some]
+    for parameter in moved:
+        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    if moved:
+        flat = torch.cat([parameter.grad.flatten() for parameter in moved])
+        dist.all_reduce(flat)
+        for parameter, part in zip(moved, flat.split([p.numel() for p in moved]), strict=True):
+            parameter.grad.copy_(part.view_as(parameter))

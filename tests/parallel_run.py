@@ -1,0 +1,70 @@
+"""One of the processes of tests/test_parallel.py: trains a tiny model three ways and writes what came out.
+
+python tests/parallel_run.py FOLDER      under torchrun's environment, or alone
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+import tiny_rl
+from rlhfscale import networks, parallel
+from rlhfscale.finetune import finetune
+from rlhfscale.rewards import outcome
+from rlhfscale.rl import GRPO, PPO
+from rlhfscale.sequences import Sequences
+from test_rewards import new_scorer, planted
+
+
+def demonstrations(count: int = 21) -> Sequences:
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(3, 30, rng.integers(2, 8)).tolist() for _ in range(count)]
+    responses = [rng.integers(3, 30, rng.integers(1, 9)).tolist() for _ in range(count)]
+    return Sequences.join(prompts, responses, np.ones(count, bool))
+
+
+def fine_tuning() -> tuple[dict, list]:
+    ours = networks.build(tiny_rl.language_model(), critic="none", rank=4)
+    losses = finetune(ours, demonstrations(), epochs=2, batch_size=8, lr=1e-2, seed=(0,))
+    return dict(ours.named_parameters()), losses
+
+
+def reward_model(lora_rank: int, folder: Path) -> tuple[dict, list]:
+    options = {"epochs": 2, "prompts_per_batch": 7, "lr": 1e-2, "muon_lr": 1e-2, "readout": "sum", "seed": (0,)}
+    options |= {"lora_rank": lora_rank, "merge": False}
+    model, records = outcome.train(new_scorer(folder), [planted(24, 0)], **options)
+    return dict(model.named_parameters()), [record["loss"] for record in records]
+
+
+def policy(algorithm, **options) -> tuple[dict, list]:
+    run = tiny_rl.trainer(algorithm, policy_lr=1e-2, **options)
+    records = tiny_rl.updates(run, 3)
+    return dict(run.networks.named_parameters()), [[record["proxy"], record["kl_nats"]] for record in records]
+
+
+def main(folder: Path, base: Path) -> None:
+    torch.set_num_threads(1)
+    parallel.start()
+    made = {
+        "sft": fine_tuning(),
+        "rm-all-weights": reward_model(0, base),
+        "rm-lora": reward_model(4, base),
+        "ppo-trunk": policy(PPO),
+        "ppo-separate": policy(PPO, critic="separate"),
+        "ppo-passes": policy(PPO, max_tokens_per_pass=100),
+        "ppo-all-weights": policy(PPO, adapter="none"),
+        "grpo": policy(GRPO, responses_per_prompt=4),
+    }
+    for name, (weights, record) in made.items():
+        target = folder / f"{parallel.rank()}-of-{parallel.size()}"
+        target.mkdir(parents=True, exist_ok=True)
+        save_file({key: value.detach().clone() for key, value in weights.items()}, target / f"{name}.safetensors")
+        (target / f"{name}.json").write_text(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
