@@ -1,14 +1,12 @@
 """The whole smoke tier on a Ray cluster of two nodes on this machine: one is killed half-way, another joins, and the
-tables are compared with those of worker processes; and how much two nodes do in the time of one.
+tables are compared with those of worker processes.
 
-    python tests/ray_smoke.py                 the killed node
-    python tests/ray_smoke.py --throughput    the times, undisturbed
+    python tests/ray_smoke.py
 
 Takes some minutes, so it is no part of the test suite, which does the same on toy stages (tests/test_ray.py). Needs
 `make setup EXTRAS=ray`.
 """
 
-import argparse
 import os
 import subprocess
 import sys
@@ -17,7 +15,6 @@ import time
 from pathlib import Path
 
 from kill_smoke import tables
-from rlhfscale import runner
 from rlhfscale.store import Store
 
 
@@ -66,30 +63,5 @@ def killed_node() -> bool:
         return code == 0 and same and not bad and made(on_ray) == whole
 
 
-def throughput() -> None:
-    """Seconds of the smoke tier's artifacts, without the notebooks, on one node and on two, in turns."""
-    from rlhfscale import grid
-
-    specs = {figure.name: figure.specs for figure in runner.load_figures("smoke", (), Path("unused"))}
-    seconds: dict[int, list[float]] = {1: [], 2: []}
-    for nodes in (1, 2):
-        with tempfile.TemporaryDirectory() as folder:
-            ray, _ = cluster(nodes)
-            begin = time.monotonic()
-            grid.ensure(specs, store=Store(folder), ray=ray.address)
-            seconds[nodes].append(time.monotonic() - begin)
-            import ray as module
-
-            module.shutdown()
-            ray.shutdown()
-            print(f"{nodes} node(s): {seconds[nodes][-1]:.0f} s", flush=True)
-    print(f"two nodes do {seconds[1][0] / seconds[2][0]:.2f} times as much as one")
-
-
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--throughput", action="store_true")
-    if parser.parse_args().throughput:
-        throughput()
-    else:
-        sys.exit(not killed_node())
+    sys.exit(not killed_node())

@@ -72,7 +72,8 @@ def eval_literal(text):
 
 def test_figures_share_their_nodes():
     bed, size = (params.load(name, "laptop") for name in ("00_test_bed", "01_policy_size"))
-    assert {spec.key for spec in size.specs()} <= {spec.key for spec in bed.specs()}
+    alone = figures.PolicySize(**size.model_dump() | {"other_rungs": (), "other_seeds": ()})
+    assert {spec.key for spec in alone.specs()} <= {spec.key for spec in bed.specs()}
     known, new = _nodes("00_test_bed", "01_policy_size", "06_best_of_n"), {}
     for name in ("02_reward_model_size", "05_responses_per_prompt", "09_algorithms"):
         new[name] = _nodes(name).keys() - known.keys()
@@ -134,6 +135,9 @@ def test_figures_use_neither_the_seed_nor_the_prompts_the_settings_were_chosen_o
     [
         ("policy_size", {"policy_rungs": ["14k", "7b"]}, ["policy_rungs", "7b", *ladder.RUNGS]),
         ("policy_size", {"reward_model_rung": "8b"}, ["reward_model_rung", "8b", *ladder.RUNGS]),
+        ("policy_size", {"other_rungs": ["25k"]}, ["other_rungs", "25k", "already"]),
+        ("policy_size", {"other_seeds": [1]}, ["other_seeds", "at least 2"]),
+        ("policy_size", {"other_seeds": [1, 9]}, ["other_seeds", "9"]),
         ("policy_size", {"policy_rungs": ["14k", "14k"]}, ["policy_rungs", "twice"]),
         ("policy_size", {"seeds": []}, ["seeds", "at least 2"]),
         ("policy_size", {"seeds": [1]}, ["seeds", "at least 2"]),
@@ -184,6 +188,8 @@ def test_figures_use_neither_the_seed_nor_the_prompts_the_settings_were_chosen_o
         ("algorithms", {"algorithms": ["ppo", "grpo", "grpo"]}, ["algorithms", "twice"]),
         ("algorithms", {"algorithms": ["ppo", "dpo"]}, ["algorithms", "dpo", "'rloo'"]),
         ("algorithms", {"responses": [1, 2]}, ["responses", "at least 2"]),
+        ("algorithms", {"equal_time_responses": 3}, ["equal_time_responses", "3", "64"]),
+        ("algorithms", {"equal_time_updates": [1, 2]}, ["equal_time_updates", "one number for each"]),
         ("algorithms", {"responses": [3]}, ["responses", "3", "64"]),
     ],
 )
@@ -222,7 +228,7 @@ def test_bad_recipes_name_file_and_field(tmp_path, monkeypatch, line, words):
 
 def test_playing_with_parameters_leaves_a_tiers_results_alone():
     committed = params.load("01_policy_size", "laptop")
-    played = figures.PolicySize(**committed.model_dump() | {"seeds": (1, 2)})
+    played = figures.PolicySize(**committed.model_dump() | {"seeds": (1, 2, 3)})
     assert study.command(committed) == "make figures TIER=laptop FIGURE=01_policy_size"
     assert "manifest.json" in study.command(played)
 

@@ -57,7 +57,7 @@ def test_c5(tmp_path, curve, verdict):
     ladder_gains = found.loc["gain"].set_index(["ladder", "responses_per_prompt"])["estimate"]
     assert ladder_gains["grpo, equal prompts", 2] == pytest.approx(0.07 + curve(1), abs=0.012)
     costs = study_sweeps.mean_cost(tables.extra["cost.csv"])
-    assert costs.loc[("ppo", 64, 32), "rollouts"] == 64 * 32 * 30 and costs.loc[("grpo", 64, 2), "cpu_s"] == 2.0
+    assert costs.loc[("ppo", 64, 32, 30), "rollouts"] == 64 * 32 * 30 and costs.loc[("grpo", 64, 2, 30), "cpu_s"] == 2.0
 
 
 @pytest.mark.parametrize(

@@ -153,14 +153,22 @@ def algorithms(P: Algorithms, folders: Folders) -> Tables:
         found.summary.append(row)
     timed = {}
     for name in P.algorithms:
-        policies = [P.in_equal_time(name, seed) for seed in P.seeds]
-        timed[name] = found.after(policies, algorithm=name, num_updates=policies[0].num_updates)
+        timed[name] = _in_equal_time(P, found, name, accuracy[name])
         if name != "ppo":
             difference = nested_bootstrap(timed[name] - timed["ppo"], np.mean, rng=new_rng(), on="means")
             row = summary_row("minus_ppo_in_equal_time", difference, algorithm=name)
             found.summary.append(row | {"responses_per_prompt": P.equal_time_responses})
     extra = {"training.csv": learning_curves(P, folders), "cost.csv": cost(P, folders)}
     return found.tables(result, extra=extra)
+
+
+def _in_equal_time(P: Algorithms, found: "Collector", name: str, equal_rollouts: np.ndarray) -> np.ndarray:
+    """Accuracy [seed, prompt] of the policies that had as long as the other algorithms'; adds their rows, unless they
+    are among those of equal roll-outs [responses, seed, prompt]."""
+    policies = [P.in_equal_time(name, seed) for seed in P.seeds]
+    if policies[0] in P.equal_rollouts():
+        return equal_rollouts[P.responses.index(P.equal_time_responses)]
+    return found.after(policies, algorithm=name, num_updates=policies[0].num_updates)
 
 
 def learning_curves(P: Algorithms, folders: Folders) -> pd.DataFrame:
