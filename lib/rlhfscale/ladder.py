@@ -66,7 +66,7 @@ class Rung(BaseModel):
 
     def seconds(self, train_tokens: float = 0.0, forward_tokens: float = 0.0) -> float:
         """Rough seconds on one CPU thread, for plans only: a curve through measured rates."""
-        train_rate = 1.5e5 / (1.0 + self.num_params / 4.0e4)
+        train_rate = 1.8e5 / (1.0 + self.num_params / 4.0e4)
         return train_tokens / train_rate + forward_tokens / (3.0 * train_rate)
 
     def llama(self) -> dict[str, Any]:

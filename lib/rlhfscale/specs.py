@@ -227,9 +227,9 @@ class Policy(Spec):
     def cost_s(self) -> float:
         tokens = self.num_updates * self.prompts_per_update * self.responses_per_prompt * TOKENS_PER_DOCUMENT
         policy, reward = ladder.rung(self.rung), ladder.rung(self.reward_model.rung)
-        passes = 2.5 if self.critic == "separate" else 1.25
-        learning = policy.seconds(train_tokens=passes * self.epochs * tokens, forward_tokens=4 * tokens)
-        return 2 + 0.15 * self.num_updates + learning + reward.seconds(forward_tokens=tokens)
+        passes = 1.5 if self.critic == "separate" else 0.75
+        learning = policy.seconds(train_tokens=passes * self.epochs * tokens, forward_tokens=2 * tokens)
+        return 1 + 0.09 * self.num_updates + learning + reward.seconds(forward_tokens=tokens)
 
     @property
     def title(self) -> str:
@@ -270,7 +270,7 @@ class Samples(Spec):
     @property
     def cost_s(self) -> float:
         tokens = self.num_prompts * self.num_samples * TOKENS_PER_DOCUMENT
-        return 1 + ladder.rung(self.model.rung).seconds(forward_tokens=1.5 * tokens)
+        return 0.4 + ladder.rung(self.model.rung).seconds(forward_tokens=1.5 * tokens)
 
     @property
     def title(self) -> str:
