@@ -66,7 +66,7 @@ def process_supervision(runs: pd.DataFrame, summary: pd.DataFrame) -> Figure:
                     draw_estimates(axes[3], of, "reward_model_params", **style)
                 else:
                     draw_dots(axes[3], of, "reward_model_params", color, size=4)
-    axes[3].set(title="first wrong step", ylabel="F1", ylim=(0, 1))
+    axes[3].set(title="first error", ylabel="F1", ylim=(0, 1))
     size_axis(axes[3], found["reward_model_params"], "reward-model size")
     for axis in axes:
         axis.tick_params(axis="x", labelrotation=60)

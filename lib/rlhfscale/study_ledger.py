@@ -70,7 +70,8 @@ def figure(table: pd.DataFrame) -> Figure:
         error = [[row.estimate - row.ci_low], [row.ci_high - row.estimate]]
         axis.errorbar([row.estimate], [0], xerr=error, color=color, marker="o", capsize=2, elinewidth=1.4)
         premise = " (premise)" if parts["premise"].all() else ""
-        axis.set_title(f"{claim}  {name}{premise}", fontsize=6.5, fontweight="normal")
+        title = f"{claim}  {name}{premise}"
+        axis.set_title(title, fontsize=6.5 if len(title) < 36 else 5.6, fontweight="normal")  # beside the verdict
         axis.set_title(row.verdict, loc="right", fontsize=6.5, fontweight="bold", color=color)
         axis.xaxis.set_major_locator(MaxNLocator(4))
         axis.set_yticks([])
