@@ -15,7 +15,7 @@ import tiny_rl
 from rlhfscale import networks, parallel
 from rlhfscale.finetune import finetune
 from rlhfscale.rewards import outcome
-from rlhfscale.rl import GRPO, PPO
+from rlhfscale.rl import GRPO, PPO, RLOO
 from rlhfscale.sequences import Sequences
 from test_rewards import new_scorer, planted
 
@@ -58,6 +58,7 @@ def main(folder: Path, base: Path) -> None:
         "ppo-passes": policy(PPO, max_tokens_per_pass=100),
         "ppo-all-weights": policy(PPO, adapter="none"),
         "grpo": policy(GRPO, responses_per_prompt=4),
+        "rloo": policy(RLOO, responses_per_prompt=4),
     }
     for name, (weights, record) in made.items():
         target = folder / f"{parallel.rank()}-of-{parallel.size()}"

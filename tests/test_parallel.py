@@ -14,7 +14,17 @@ from safetensors.torch import load_file
 import tiny
 
 RUN = Path(__file__).with_name("parallel_run.py")
-NAMES = ["sft", "rm-all-weights", "rm-lora", "ppo-trunk", "ppo-separate", "ppo-passes", "ppo-all-weights", "grpo"]
+NAMES = [
+    "sft",
+    "rm-all-weights",
+    "rm-lora",
+    "ppo-trunk",
+    "ppo-separate",
+    "ppo-passes",
+    "ppo-all-weights",
+    "grpo",
+    "rloo",
+]
 
 pytestmark = pytest.mark.xdist_group("parallel")
 

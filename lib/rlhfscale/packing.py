@@ -107,7 +107,8 @@ def _rank(group: torch.Tensor) -> torch.Tensor:
 
 
 def cut(widths: np.ndarray, tokens: int, a_part: int = 256) -> list[np.ndarray]:
-    """Indices of items to be computed together, narrowest first: the cuts that cost least, padding counted.
+    """Indices of items to be computed together, narrowest first: the cuts between widths that cost least, padding
+    counted. What is then more than one part can hold is split evenly.
 
     Args:
         widths: int64 [item], tokens of each.

@@ -106,6 +106,7 @@ def policy_size(runs: pd.DataFrame, summary: pd.DataFrame) -> Figure:
     slopes = select(summary, "other_gain_slope", optional=True)
     caption = interval_caption(summary[~summary["quantity"].str.startswith("other")], "dots: seeds; bars and band: ")
     if len(slopes):
+        slopes = slopes.sort_values("reward_model_params")  # whatever the order of the table's rows
         shown = "; ".join(f"{row.reward_model} {signed_interval(row)}" for row in slopes.itertuples())
         caption += f" Slopes with other reward models ({slopes['num_seeds'].iloc[0]:.0f} seeds): {shown}."
     figure, (left, right), _ = new_figure(1, 2, 3.1, caption)

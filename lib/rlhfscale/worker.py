@@ -36,6 +36,7 @@ def make(spec: Spec, store: Store) -> str:
 
 def attempt(spec: Spec, store: Store) -> tuple[str, float, str, str]:
     """Make a spec: status, seconds, message and traceback (see `pool.Outcome`); all output goes to the spec's log."""
+    keep_freed_memory()
     (store.root / "logs").mkdir(parents=True, exist_ok=True)
     log = open(store.root / "logs" / f"{spec.key}.log", "w")  # noqa: SIM115  (becomes standard output)
     os.dup2(log.fileno(), 1)
@@ -73,7 +74,6 @@ def _terminate(*_: object) -> None:
 
 def main() -> None:
     faulthandler.enable()
-    keep_freed_memory()
     signal.signal(signal.SIGTERM, _terminate)
     descriptor, driver = int(sys.argv[1]), int(sys.argv[2])
     threading.Thread(target=_exit_with, args=(driver,), daemon=True).start()

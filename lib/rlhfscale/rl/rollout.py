@@ -95,32 +95,33 @@ def evaluate(networks, batch: Rollouts, role: str, temperature: float, *, entrop
 
     Token t of a response is predicted at position ``prompt_length - 1 + t``; the heads run on these positions only.
     """
-    count, width = batch.mask.shape
-    rows = parallel.own(count).to(batch.ids.device)
-    batch = batch[rows] if len(rows) < count else batch
-    response, before = response_tokens(batch.ids, batch.prompt_lengths, batch.lengths)
-    states = networks.hidden_at(batch.ids, before, role, batch.prompt_lengths, batch.lengths)
+    rows = parallel.own(len(batch)).to(batch.ids.device)
+    states, tokens = _own_states(networks, batch, role, rows)
     read = with_entropy_gradient if entropy_gradient else token_logprobs
-    logprobs, entropy = read(states, networks.output_head(role), batch.ids[response], temperature)
+    logprobs, entropy = read(states, networks.output_head(role), tokens, temperature)
     values = networks.value_head(states) if networks.value_head and role == networks.critic_role else None
-    found = (x if x is None else _scatter(x, batch.mask, width) for x in (logprobs, entropy, values))
-    return Evaluation(*(x if x is None else parallel.whole(x, rows, count) for x in found))
+    return Evaluation(*(x if x is None else _of_batch(x, batch.mask, rows) for x in (logprobs, entropy, values)))
 
 
 def evaluate_values(networks, batch: Rollouts) -> torch.Tensor:
     """The values alone, of a critic with a trunk of its own: float32 [batch, response]."""
-    count, width = batch.mask.shape
-    rows = parallel.own(count).to(batch.ids.device)
-    batch = batch[rows] if len(rows) < count else batch
-    _, before = response_tokens(batch.ids, batch.prompt_lengths, batch.lengths)
-    states = networks.hidden_at(batch.ids, before, networks.critic_role, batch.prompt_lengths, batch.lengths)
-    return parallel.whole(_scatter(networks.value_head(states), batch.mask, width), rows, count)
+    rows = parallel.own(len(batch)).to(batch.ids.device)
+    states, _ = _own_states(networks, batch, networks.critic_role, rows)
+    return _of_batch(networks.value_head(states), batch.mask, rows)
 
 
-def _scatter(tokens: torch.Tensor, mask: torch.Tensor, width: int) -> torch.Tensor:
-    """[batch, width] of what stands in a row for the marked tokens."""
-    mask = torch.nn.functional.pad(mask, (0, width - mask.shape[1]))
-    return tokens.new_zeros(mask.shape).masked_scatter(mask, tokens)
+def _own_states(networks, batch: Rollouts, role: str, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """This process's roll-outs alone: the states [token, width] that predict their response tokens, and those."""
+    batch = batch[rows] if len(rows) < len(batch) else batch
+    response, before = response_tokens(batch.ids, batch.prompt_lengths, batch.lengths)
+    states = networks.hidden_at(batch.ids, before, role, batch.prompt_lengths, batch.lengths)
+    return states, batch.ids[response]
+
+
+def _of_batch(tokens: torch.Tensor, mask: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """[batch, response] of all processes, from what stands in a row for the response tokens of this one's rows."""
+    own = mask[rows]
+    return parallel.whole(tokens.new_zeros(own.shape).masked_scatter(own, tokens), rows, len(mask))
 
 
 def split(lengths: torch.Tensor, max_tokens: int) -> Iterator[torch.Tensor]:
