@@ -4,10 +4,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from rlhfscale import figures, params, plots, study
+from rlhfscale import figures, params, plots, stages, study
 from rlhfscale.evals import alpaca_eval, planted, revisions, sources
 from rlhfscale.params import ParamsError
 from rlhfscale.results import ResultsFolder
+from rlhfscale.store import Store
 
 SMOKE = {"recipe": "smoke", "num_instructions": 40, "num_simulations": 4, "num_refits": 10}
 
@@ -20,6 +21,14 @@ def nothing_installed(monkeypatch, tmp_path):
 
 def smoke(**change):
     return figures.Benchmarks.parse(params.load("30_benchmarks", "smoke").resolved() | SMOKE | change)
+
+
+def covered(P, folder):
+    """The artifact of the coverage, made here."""
+    store = Store(folder)
+    with store.create(P.coverage) as artifact:
+        stages.coverage(P.coverage, {}, artifact)
+    return {P.coverage: store.open(P.coverage.key)}
 
 
 def test_strength_and_win_rate_are_inverses():
@@ -51,27 +60,28 @@ def test_wilson_by_hand():
     assert study.proportion_interval(1.0, 10)[1] == pytest.approx(1)
 
 
-def test_without_anything_installed_the_figure_is_made_and_says_what_to_install(nothing_installed):
+def test_without_anything_installed_the_figure_is_made_and_says_what_to_install(nothing_installed, tmp_path):
     P = smoke()
-    assert P.specs() == () and "make setup EXTRAS=judge" in " ".join(P.missing)
-    tables = study.benchmarks(P, {})
+    made = covered(P, tmp_path / "coverage")
+    assert P.specs() == (P.coverage,) and "make setup EXTRAS=judge" in " ".join(P.missing)
+    tables = study.benchmarks(P, made)
     note = study.mt_bench_note(P, tables)
     assert "was not run here" in note and "EXTRAS=judge" in note and "EXTRAS=smollm2" in note
     assert "mt_bench.csv" not in tables.extra
     figure = plots.benchmarks(tables.summary, None)
-    folder = study.save(P, tables, {"figure": figure}, {}, 1.0)
+    folder = study.save(P, tables, {"figure": figure}, made, 1.0)
     assert folder.parts[-2:] == ("custom", "30_benchmarks") and (folder / "figure.png").stat().st_size > 5000
 
 
-def test_an_earlier_table_of_the_same_parameters_is_kept(nothing_installed):
-    P = smoke()
+def test_an_earlier_table_of_the_same_parameters_is_kept(nothing_installed, tmp_path):
+    P, other = smoke(), smoke(seed=9)
     row = {"quantity": "mt_bench/win_rate_adjusted", "estimate": 0.5, "ci_low": 0.4, "ci_high": 0.6, "num_prompts": 8}
     rows = pd.DataFrame([row, row | {"quantity": "mt_bench/extra_chars"}]).assign(judge="hf:x", params_hash=P.hash)
     ResultsFolder("30_benchmarks", tier="custom").write_table("mt_bench.csv", rows)
-    tables = study.benchmarks(P, {})
+    tables = study.benchmarks(P, covered(P, tmp_path / "coverage"))
     assert "earlier run's" in study.mt_bench_note(P, tables)
     plots.benchmarks(tables.summary, tables.extra["mt_bench.csv"])
-    assert "mt_bench.csv" not in study.benchmarks(smoke(seed=9), {}).extra
+    assert "mt_bench.csv" not in study.benchmarks(other, covered(other, tmp_path / "other")).extra
 
 
 @pytest.mark.parametrize(

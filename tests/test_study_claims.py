@@ -156,3 +156,10 @@ def test_the_ledger_draws_every_test_and_says_what_would_settle_it(tmp_path):
     figure = study_ledger.figure(table)
     assert figure.axes[0].get_title(loc="left").startswith("C4")
     assert figure.axes[0].get_title(loc="right") == table["verdict"][0]
+
+
+def test_only_distinct_responses_are_counted():
+    ids = np.random.default_rng(0).integers(0, 2, (50, 5, 3))
+    first = compute._first_of_equals(ids)
+    for row, marked in zip(ids, first, strict=True):
+        assert set(np.flatnonzero(marked)) == set(np.unique(row, axis=0, return_index=True)[1])

@@ -48,6 +48,7 @@ MODULES = {
     "process_reward_model": (*REWARD, "rewards/process"),
     "scores": (*REWARD, "rewards/process"),
     "mt_bench": (*SAMPLING, "smollm2", *EVALS),
+    "coverage": ("evals/planted", "evals/alpaca_eval", "stats/bootstrap"),
     **LANGUAGE,
 }
 """The modules that decide what each stage makes; of stages.py or language_stages.py, the stage's function and what it

@@ -52,10 +52,16 @@ def reward_model_flops(spec: specs.RewardModel, folders: Folders) -> float:
     for source in spec.data:
         responses = Responses.load(folders[source] / "responses.safetensors").head(share)
         ids, lengths = responses.sequences()
-        for row in np.flatnonzero(responses.gold.min(1) < responses.gold.max(1)):
-            _, first = np.unique(ids[row], axis=0, return_index=True)
-            tokens, count = tokens + int(lengths[row][first].sum()), count + len(first)
+        differ = responses.gold.min(1) < responses.gold.max(1)
+        first = _first_of_equals(ids[differ])
+        tokens, count = tokens + int(lengths[differ][first].sum()), count + int(first.sum())
     return spec.epochs * ladder.rung(spec.rung).train_flops(tokens, tokens / count)
+
+
+def _first_of_equals(ids: np.ndarray) -> np.ndarray:
+    """bool [prompt, sample]: no earlier sample of the prompt has the same ids, [prompt, sample, position]."""
+    equal = np.stack([(ids == ids[:, place, None]).all(-1) for place in range(ids.shape[1])], 1)
+    return ~np.tril(equal, -1).any(-1)
 
 
 def policy_flops(spec: specs.Policy, folders: Folders) -> dict[str, float]:

@@ -351,13 +351,26 @@ class Benchmarks(RecipeFigure):
             found.append(f"{self.judge}: set OPENAI_BASE_URL to its address")
         return tuple(found)
 
-    def specs(self) -> tuple[Spec, ...]:
-        if self.missing:
-            return ()
+    @property
+    def coverage(self) -> specs.Coverage:
+        """Of the model whose length and strength differ most from the baseline's."""
+        hardest = max(range(len(self.extra_chars)), key=lambda place: abs(self.extra_chars[place]))
+        return specs.Coverage(
+            win_rate=self.win_rates[hardest],
+            extra_chars=self.extra_chars[hardest],
+            num_instructions=self.num_instructions,
+            num_simulations=self.num_simulations,
+            num_refits=self.num_refits,
+            seed=self.seed,
+        )
+
+    @property
+    def mt_bench(self) -> specs.MTBench:
+        """Raises FileNotFoundError where something is missing."""
         kind, _, source = self.judge.partition(":")
         names = ("before_temperature", "after_temperature", "judge", "constrained", "num_questions", "max_new_tokens")
         names += ("judge_tokens", "max_missing", "dtype", "seed")
-        spec = specs.MTBench(
+        return specs.MTBench(
             before=self.before,
             before_revision=revisions.revision(self.before),
             after=self.after,
@@ -366,7 +379,9 @@ class Benchmarks(RecipeFigure):
             questions_revision=sources.mt_bench_revision(),
             **{name: getattr(self, name) for name in names},
         )
-        return (spec,)
+
+    def specs(self) -> tuple[Spec, ...]:
+        return (self.coverage,) if self.missing else (self.coverage, self.mt_bench)
 
 
 class Ledger(RecipeFigure):

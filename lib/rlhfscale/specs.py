@@ -340,3 +340,25 @@ class MTBench(Spec):
     @property
     def title(self) -> str:
         return f"MT-Bench of {self.after} against {self.before}"
+
+
+class Coverage(Spec):
+    """How often the length-controlled win rate's 95% intervals hold a planted win rate (`evals.planted.coverage`)."""
+
+    stage: ClassVar[str] = "coverage"
+    runner: ClassVar[str] = "rlhfscale.stages:coverage"
+
+    win_rate: float = Field(gt=0, lt=100)
+    extra_chars: int
+    num_instructions: int = Field(ge=20)
+    num_simulations: int = Field(ge=2)
+    num_refits: int = Field(ge=10)
+    seed: int = Field(ge=0)
+
+    @property
+    def cost_s(self) -> float:
+        return 0.5 + 2.5e-3 * self.num_simulations * self.num_refits
+
+    @property
+    def title(self) -> str:
+        return f"coverage of intervals, {self.num_simulations} simulated evaluations"

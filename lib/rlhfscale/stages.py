@@ -4,6 +4,7 @@ Every function has the signature ``stage(spec, inputs, folder)``: ``inputs`` map
 ``folder`` is empty and becomes the artifact. They run in worker processes of one thread each (see `grid`).
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from rlhfscale.data.demonstrations import (
     problem_list,
 )
 from rlhfscale.data.responses import Responses, label
-from rlhfscale.evals import benchmarks, evaluate, sources
+from rlhfscale.evals import benchmarks, evaluate, planted, sources
 from rlhfscale.evals.judge import Cache
 from rlhfscale.rewards import mixed, outcome, process
 from rlhfscale.rewards.labelled import Labelled, StepLabelled, response_sequences, study_step_ids
@@ -290,3 +291,9 @@ def mt_bench(spec: specs.MTBench, inputs: Inputs, folder: Path) -> None:
             pd.concat(tables).to_csv(folder / "scores.csv", index=False)
         pairs = benchmarks.mt_pairs(questions, prompts, given["after"], given["before"], ask)
         pairs.to_csv(folder / "pairs.csv", index=False)
+
+
+def coverage(spec: specs.Coverage, inputs: Inputs, folder: Path) -> None:
+    """coverage.json: share of the simulated evaluations by kind of interval."""
+    shares = planted.coverage(**{name: getattr(spec, name) for name in specs.Coverage.model_fields})
+    (folder / "coverage.json").write_text(json.dumps(shares) + "\n")

@@ -4,6 +4,7 @@ Each takes the figure's parameters and the artifact folders by spec, and returns
 prompt's samples first; intervals then resample seeds and prompts (see `stats.bootstrap`).
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -480,25 +481,17 @@ def benchmarks(P: Benchmarks, folders: Folders) -> Tables:
         runs += [cell | {"metric": name, "value": interval.estimate} for name, interval in intervals.items()]
         per_prompt = {"node": node, "seed": P.seed, "metric": "win", "value": drawn.wins, "model": model}
         prompts.append(pd.DataFrame(per_prompt).rename_axis("prompt_id").reset_index())
-    # of the model whose length and strength differ most from the baseline's
-    hardest = int(np.argmax(np.abs(P.extra_chars)))
-    shares = planted.coverage(
-        seed=P.seed,
-        win_rate=P.win_rates[hardest],
-        extra_chars=P.extra_chars[hardest],
-        num_instructions=P.num_instructions,
-        num_simulations=P.num_simulations,
-        num_refits=P.num_refits,
-    )
+    shares = json.loads((folders[P.coverage] / "coverage.json").read_text())
+    hardest = f"planted {P.extra_chars.index(P.coverage.extra_chars) + 1}"
     for name, share in shares.items():
         low, high = proportion_interval(share, P.num_simulations)
         summary.append(
-            {"quantity": "coverage", "model": f"planted {hardest + 1}", "interval": name, "estimate": share}
+            {"quantity": "coverage", "model": hardest, "interval": name, "estimate": share}
             | {"ci_low": low, "ci_high": high, "ci_method": "simulations, Wilson", "num_seeds": P.num_simulations}
             | {"num_prompts": P.num_instructions}
         )
     extra = {}
-    mt_bench = _mt_bench(P, folders) if P.specs() else _kept_mt_bench(P)
+    mt_bench = _kept_mt_bench(P) if P.missing else _mt_bench(P, folders)
     if mt_bench is not None:
         extra["mt_bench.csv"] = mt_bench
     return Tables(pd.DataFrame(runs), pd.DataFrame(summary), pd.concat(prompts), extra=extra)
@@ -514,7 +507,7 @@ def proportion_interval(share: float, count: int, z: float = 1.959964) -> tuple[
 def _mt_bench(P: Benchmarks, folders: Folders) -> pd.DataFrame:
     from rlhfscale.evals import benchmarks as evals  # it imports torch
 
-    folder = folders[P.specs()[0]]
+    folder = folders[P.mt_bench]
     about = {"judge": P.judge, "constrained": P.constrained}
     pairs = pd.read_csv(folder / "pairs.csv").replace({"winner": {np.nan: None}})
     tables = [evals.mt_pair_summary(pairs, new_rng(), stage="after against before", **about)]
