@@ -61,7 +61,7 @@ def serve(connection: Connection, store: Store) -> None:
         connection.send(attempt(connection.recv(), store))
 
 
-def _exit_with(driver: int) -> None:
+def exit_with(driver: int) -> None:
     """End this process within a second of its driver's death, also in the middle of a long computation."""
     while os.getppid() == driver:
         time.sleep(0.5)
@@ -76,7 +76,7 @@ def main() -> None:
     faulthandler.enable()
     signal.signal(signal.SIGTERM, _terminate)
     descriptor, driver = int(sys.argv[1]), int(sys.argv[2])
-    threading.Thread(target=_exit_with, args=(driver,), daemon=True).start()
+    threading.Thread(target=exit_with, args=(driver,), daemon=True).start()
     connection = Connection(descriptor)
     with suppress(EOFError, ConnectionError):  # the driver has closed its end: no more work
         serve(connection, Store(connection.recv()))
