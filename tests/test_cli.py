@@ -22,6 +22,7 @@ from test_grid import alive, lines, no_half_artifact
 PARAMETERS = 'seeds = [1, 2]\nbest_of = 4\nlr = 0.1\nmood = ""'
 BODY = """
 import json
+import pandas as pd
 from toy_stages import {schema}, read
 from rlhfscale import grid
 from rlhfscale.results import ResultsFolder
@@ -30,11 +31,11 @@ P = {schema}(seeds=seeds, best_of=best_of, lr=lr, mood=mood)
 runs = grid.ensure(P.specs())
 assert set(runs.status.values()) == {{"cached"}}
 values = [read(runs[spec]) for spec in P.specs()]
-folder = ResultsFolder(P.figure).path
-(folder / "runs.csv").write_text("value\\n" + "\\n".join(map(str, values)) + "\\n")
+folder = ResultsFolder(P.figure)
+folder.write_table("runs.csv", pd.DataFrame({{"value": values}}))
 claim = dict(claim="T1", statement="sums grow", estimate=values[-1], ci_low=1.0, ci_high=9.0, verdict="reproduced")
-(folder / "figure.png").touch()
-(folder / "claims.json").write_text(json.dumps([claim]))
+(folder.path / "figure.png").touch()
+(folder.path / "claims.json").write_text(json.dumps([claim]))
 """
 
 

@@ -180,13 +180,14 @@ def drive(root: Path, trace: Path) -> subprocess.Popen:
 
 
 def test_several_processes_asking_for_one_node_compute_it_once(tmp_path):
-    drivers = [drive(tmp_path / "s", tmp_path / "trace") for _ in range(3)]
+    drivers = [drive(tmp_path / "s", tmp_path / "trace") for _ in range(4)]
     outputs = [driver.communicate(timeout=60) for driver in drivers]
-    assert [driver.returncode for driver in drivers] == [0, 0, 0], outputs
+    assert [driver.returncode for driver in drivers] == [0, 0, 0, 0], outputs
     made = [line.split()[0] for line in lines(tmp_path / "trace")]
     assert len(made) == len(set(made)) == len(list(many("").walk()))
-    statuses = [json.loads(out)[many(str(tmp_path / "trace")).key] for out, _ in outputs]
-    assert statuses.count("done") == 1 and statuses.count("cached") == 2
+    statuses = [json.loads(out) for out, _ in outputs]
+    for key in made:  # the one that made it says so, and nobody else
+        assert sorted(status.get(key, "cached") for status in statuses) == ["cached"] * 3 + ["done"]
     no_half_artifact(Store(tmp_path / "s"))
 
 

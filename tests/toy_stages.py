@@ -47,12 +47,14 @@ class Total(Spec):
 
 
 class Files(Spec):
-    """Writes files of the kinds that artifacts hold."""
+    """Writes files of the kinds that artifacts hold, and one of ``large_kib``."""
 
     stage: ClassVar[str] = "files"
     runner: ClassVar[str] = "toy_stages:make_files"
 
     value: int = 1
+    large_kib: int = 0
+    trace: str = ""
 
 
 def make_number(spec: Number, inputs: dict[str, Path], folder: Path) -> None:
@@ -86,6 +88,9 @@ def make_files(spec: Files, inputs: dict[str, Path], folder: Path) -> None:
     (folder / "values.csv").write_text("seed,value\n0,0.25\n1,0.5\n")
     (folder / "values.csv.gz").write_bytes(gzip.compress(b"seed,value\n0,0.25\n" * 50, mtime=0))
     (folder / "byte").write_bytes(b"x")
+    if spec.large_kib:
+        _note(spec)
+        (folder / "large").write_bytes(bytes(1024 * spec.large_kib))
 
 
 def read(folder: Path) -> int:
@@ -97,7 +102,7 @@ def _write(folder: Path, value: int) -> None:
     (folder / "value.json").write_text(json.dumps(value))
 
 
-def _note(spec: Number | Total) -> None:
+def _note(spec: Number | Total | Files) -> None:
     if spec.trace:
         with open(spec.trace, "a") as file:
             file.write(f"{spec.key} {os.getpid()}\n")

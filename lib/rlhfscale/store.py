@@ -78,7 +78,7 @@ class Store:
                 return True
             if self.folder(key).exists():
                 aside = self.root / "corrupt" / f"{key}.{uuid.uuid4().hex[:8]}"
-                with self._writing():
+                with self.writing():
                     aside.parent.mkdir(parents=True, exist_ok=True)
                     self.folder(key).rename(aside)
                 warnings.warn(f"corrupt artifact {key}: {problem}; moved to {aside}", stacklevel=2)
@@ -93,7 +93,7 @@ class Store:
     def lock(self, key: str) -> FileLock:
         """The lock of one artifact, a context manager; the same thread may take it again while it holds it."""
         if key not in self._locks:
-            with self._writing():
+            with self.writing():
                 (self.root / "locks").mkdir(parents=True, exist_ok=True)
             self._locks[key] = FileLock(self.root / "locks" / f"{key}.lock")
         return self._locks[key]
@@ -104,7 +104,7 @@ class Store:
 
         Takes the artifact's lock. Raises StoreError where the folder is not writable or the disk is full.
         """
-        with self._writing(), self.lock(spec.key):
+        with self.writing(), self.lock(spec.key):
             temporary = self.root / "tmp" / f"{spec.key}.{uuid.uuid4().hex[:8]}"
             temporary.mkdir(parents=True)
             try:
@@ -144,7 +144,7 @@ class Store:
 
     def check_writable(self) -> None:
         """Raise StoreError unless a file can be written under the root; to be called before any compute."""
-        with self._writing():
+        with self.writing():
             probe = self.root / f".probe.{uuid.uuid4().hex[:8]}"
             self.root.mkdir(parents=True, exist_ok=True)
             try:
@@ -196,7 +196,7 @@ class Store:
         return None
 
     @contextmanager
-    def _writing(self) -> Iterator[None]:
+    def writing(self) -> Iterator[None]:
         """Turn the operating system's refusals to write below the root into a StoreError."""
         try:
             yield
