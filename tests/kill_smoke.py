@@ -1,5 +1,5 @@
-"""Kill a run of the smoke tier with SIGKILL at random moments, run it again each time, and compare the tables with those
-of an undisturbed run.
+"""Kill a run of the smoke tier with SIGKILL at random moments, run it again each time, and compare its tables with
+those of an undisturbed run.
 
     python tests/kill_smoke.py --kills 50 --json kills.json
     python tests/kill_smoke.py --kills 3 --figure 06

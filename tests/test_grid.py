@@ -159,7 +159,8 @@ DRIVER = textwrap.dedent("""
     from test_grid import many
     if __name__ == "__main__":
         try:
-            results = ensure([many(sys.argv[2])], store=Store(sys.argv[1]), console=Console(file=sys.stderr))
+            ray = sys.argv[3] if len(sys.argv) > 3 else None
+            results = ensure([many(sys.argv[2])], store=Store(sys.argv[1]), ray=ray, console=Console(file=sys.stderr))
         except KeyboardInterrupt:
             sys.exit(130)
         print(json.dumps(results.status))
@@ -172,9 +173,9 @@ def many(trace: str) -> Total:
     return Total(parts=pairs, trace=trace)
 
 
-def drive(root: Path, trace: Path) -> subprocess.Popen:
+def drive(root: Path, trace: Path, *ray: str) -> subprocess.Popen:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", DRIVER, str(root), str(trace)]
+    command = [sys.executable, "-c", DRIVER, str(root), str(trace), *ray]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
 
