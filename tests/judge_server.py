@@ -15,14 +15,16 @@ class JudgeServer:
 
     Attributes:
         script: actions by the user message's first word, one for each time it is asked, then ``ok``. Actions: ok,
-            sleep, drip, cut, reset, truncated, html, no-choices, empty, wrong-model, new-field, or an HTTP
-            status.
+            sleep, drip, cut, reset, down (no connection is taken from then on), truncated, html, no-choices, empty,
+            wrong-model, new-field, or an HTTP status.
+        fails_after, failure: this many requests are answered by the script, all later ones by this action.
         asked: number of requests by first word.
         most_at_once: requests in flight at the same time, at the most.
     """
 
-    def __init__(self, script=None, answer="Rating: [[7]]", delay_s=0.0):
+    def __init__(self, script=None, answer="Rating: [[7]]", delay_s=0.0, fails_after=None, failure="reset"):
         self.script, self.answer, self.delay_s = dict(script or {}), answer, delay_s
+        self.fails_after, self.failure = fails_after, failure
         self.asked, self.bodies, self.times = defaultdict(int), [], defaultdict(list)
         self.most_at_once = self._at_once = 0
         self._lock = threading.Lock()
@@ -55,13 +57,16 @@ class JudgeServer:
             turn = self.asked[word]
             self.asked[word] += 1
             self.bodies.append(body)
+            number = len(self.bodies)
             self.times[word].append(time.monotonic())
             self._at_once += 1
             self.most_at_once = max(self.most_at_once, self._at_once)
         try:
             time.sleep(self.delay_s)
             actions = self.script.get(word, [])
-            self._act(handler, body, actions[turn] if turn < len(actions) else "ok")
+            action = actions[turn] if turn < len(actions) else "ok"
+            failing = self.fails_after is not None and number > self.fails_after
+            self._act(handler, body, self.failure if failing else action)
         except OSError:  # the client hung up
             pass
         finally:
@@ -91,7 +96,9 @@ class JudgeServer:
             error = {"error": {"message": f"scripted {action}", "code": None}}
             headers = {"Retry-After": "0.3"} if action == 429 else {}
             return self._send(handler, json.dumps(error).encode(), status=action, headers=headers)
-        if action == "reset":
+        if action == "down":
+            self.server.socket.close()
+        if action in ("reset", "down"):
             return self._hang_up(handler)
         if action == "truncated":
             return self._send(handler, content[: len(content) // 2])

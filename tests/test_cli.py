@@ -16,10 +16,13 @@ from typer.testing import CliRunner
 
 import toy_stages
 from rlhfscale.cli import app
+from rlhfscale.store import Store
+from test_grid import alive, lines, no_half_artifact
 
 PARAMETERS = 'seeds = [1, 2]\nbest_of = 4\nlr = 0.1\nmood = ""'
 BODY = """
 import json
+import pandas as pd
 from toy_stages import {schema}, read
 from rlhfscale import grid
 from rlhfscale.results import ResultsFolder
@@ -28,11 +31,11 @@ P = {schema}(seeds=seeds, best_of=best_of, lr=lr, mood=mood)
 runs = grid.ensure(P.specs())
 assert set(runs.status.values()) == {{"cached"}}
 values = [read(runs[spec]) for spec in P.specs()]
-folder = ResultsFolder(P.figure).path
-(folder / "runs.csv").write_text("value\\n" + "\\n".join(map(str, values)) + "\\n")
+folder = ResultsFolder(P.figure)
+folder.write_table("runs.csv", pd.DataFrame({{"value": values}}))
 claim = dict(claim="T1", statement="sums grow", estimate=values[-1], ci_low=1.0, ci_high=9.0, verdict="reproduced")
-(folder / "figure.png").touch()
-(folder / "claims.json").write_text(json.dumps([claim]))
+(folder.path / "figure.png").touch()
+(folder.path / "claims.json").write_text(json.dumps([claim]))
 """
 
 
@@ -64,7 +67,7 @@ def project(tmp_path, monkeypatch):
         write_notebook(tmp_path / "notebooks" / f"{name}.ipynb", PARAMETERS, BODY.format(schema=schema))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-    monkeypatch.setitem(sys.modules, "rlhfscale.figures", toy_stages)
+    monkeypatch.setitem(sys.modules, "rlhfscale.registry", toy_stages)
     for name in ("RLHFSCALE_STORE", "RLHFSCALE_RESULTS", "RLHFSCALE_TIER"):
         monkeypatch.delenv(name, raising=False)
     handler = signal.getsignal(signal.SIGTERM)
@@ -74,6 +77,18 @@ def project(tmp_path, monkeypatch):
 
 def call(*arguments: str):
     return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "200"})
+
+
+def start_run() -> subprocess.Popen:
+    """`rlhfscale run` of the first toy figure, in a process of its own."""
+    script = textwrap.dedent("""
+        import sys, toy_stages
+        sys.modules["rlhfscale.registry"] = toy_stages
+        from rlhfscale.cli import app
+        app()
+    """)
+    command = [sys.executable, "-c", script, "run", "--tier", "smoke", "--figure", "91"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def test_run_makes_the_figures_and_again_from_the_cache(project):
@@ -163,15 +178,8 @@ def test_plan_status_claims_and_help(project):
 
 
 def test_interrupted_run_exits_130_and_leaves_nothing_half_made(project):
-    script = textwrap.dedent("""
-        import sys, toy_stages
-        sys.modules["rlhfscale.registry"] = toy_stages
-        from rlhfscale.cli import app
-        app()
-    """)
     write_notebook(project / "notebooks" / "91_toy.ipynb", PARAMETERS, "import time; time.sleep(60)")
-    command = [sys.executable, "-c", script, "run", "--tier", "smoke", "--figure", "91"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = start_run()
     results = project / "results" / "smoke" / "91_toy"
     deadline = time.monotonic() + 30
     while not list(results.glob(".notebook*")) and time.monotonic() < deadline:
@@ -181,6 +189,70 @@ def test_interrupted_run_exits_130_and_leaves_nothing_half_made(project):
     assert process.returncode == 130 and errors == "interrupted\n"
     assert list(results.iterdir()) == []
     assert not list((project / ".store" / "tmp").glob("*"))
+
+
+SLOW = """
+import os, signal
+from pathlib import Path
+import pandas as pd
+from toy_stages import Number, ToyParams, read
+from rlhfscale import grid
+from rlhfscale.results import ResultsFolder
+
+P = ToyParams(seeds=seeds, best_of=best_of, lr=lr, mood=mood)
+Path("notebook").write_text(f"{os.getpid()} {os.getppid()}")
+runs = grid.ensure([Number(value=value, sleep_s=1.0, trace="trace") for value in range(6)])
+if DIES_WRITING and not Path("died").exists():
+    Path("died").touch()
+    os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+ResultsFolder(P.figure).write_table("runs.csv", pd.DataFrame({"value": [read(folder) for folder in runs.values()]}))
+"""
+
+
+def gone(pids: list[int], within_s: float) -> bool:
+    deadline = time.monotonic() + within_s
+    while any(map(alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return not any(map(alive, pids))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+@pytest.mark.parametrize("victim", ["kernel", "kernel that writes", "papermill", "driver"])
+def test_kill_9_while_a_notebook_runs_then_the_same_tables(project, victim):
+    """The notebook computes, its kernel, papermill or the run is killed: one line says so, what was made is kept,
+    nothing goes on behind it or is left half-written, and a second run completes."""
+    body = SLOW.replace("DIES_WRITING", str(victim == "kernel that writes"))
+    write_notebook(project / "notebooks" / "91_toy.ipynb", PARAMETERS, body)
+    results, trace = project / "results" / "smoke" / "91_toy", project / "trace"
+    run = start_run()
+    if victim != "kernel that writes":
+        while len(lines(trace)) < 4:  # two workers: two artifacts are made
+            assert run.poll() is None
+            time.sleep(0.05)
+        kernel, papermill = map(int, (project / "notebook").read_text().split())
+        os.kill({"kernel": kernel, "papermill": papermill, "driver": run.pid}[victim], signal.SIGKILL)
+    output, errors = run.communicate(timeout=30)
+    pids = [int(pid) for pid in (project / "notebook").read_text().split()]
+    assert gone([*pids, *(int(line.split()[1]) for line in lines(trace))], within_s=10)
+    assert not (results / "runs.csv").exists()
+    if victim == "driver":
+        assert run.returncode == -signal.SIGKILL
+    else:
+        reason = "its process was ended by signal 9" if victim == "papermill" else ".*Kernel died"
+        assert run.returncode == 1 and errors == ""
+        assert re.search(rf"\nfailed 91_toy: {reason} \(log: .*\n$", output) and output.count("failed") == 1
+        assert list(results.iterdir()) == []
+    store = Store(project / ".store")
+    finished = [manifest["artifact"] for manifest in store.artifacts()]
+    assert len(finished) >= 7 and all(map(store.verify, finished))
+    again = start_run()
+    output, errors = again.communicate(timeout=60)
+    assert again.returncode == 0, output + errors
+    assert sorted(path.name for path in results.iterdir()) == ["notebook.ipynb", "runs.csv"]
+    assert (results / "runs.csv").read_text() == "value\n0\n1\n2\n3\n4\n5\n"
+    made = [line.split()[0] for line in lines(trace)]
+    assert all(made.count(key) == 1 for key in finished if key in made) and len(set(made)) == 6
+    no_half_artifact(store)
 
 
 def test_the_command_line_does_not_import_torch():

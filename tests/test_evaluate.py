@@ -75,6 +75,27 @@ def test_too_many_missing_verdicts_fail_and_the_rest_is_kept(project, policy_fol
         assert {word: count for word, count in server.asked.items() if word != "q1"} == {"q0": 2, "q2": 2, "q3": 2}
 
 
+@pytest.mark.parametrize("failure", ["down", "reset", "sleep"])
+def test_the_network_to_the_judge_is_cut_half_way(project, policy_folder, failure):
+    """What was answered is kept, the error names the endpoint, a second run ends in the table of an undisturbed one."""
+    data = tiny_chat.mt_bench(project / "data")
+    options = ("--policy", policy_folder, "--data", data, "--concurrency", 1, "--judge-timeout", 1.5)
+    with JudgeServer(fails_after=5, failure=failure) as server:
+        done = judged(server, *options, "--out", project / "cut")
+        assert done.exit_code == 1
+        (error,) = (line for line in done.stderr.splitlines() if not line.startswith("warning: "))
+        assert error.startswith("failed: 3 of 8 verdicts are missing") and f"{server.url}: " in error
+        assert "running again asks for the rest" in error
+        assert not (project / "cut").exists()
+    for name, expected in (("cut", 3), ("undisturbed", 8)):
+        with JudgeServer() as server:
+            store = ("--store", project / "another") if name == "undisturbed" else ()
+            assert judged(server, *options, *store, "--out", project / name).exit_code == 0
+            assert len(server.bodies) == expected
+    for table in ("scores.csv", "summary.csv"):
+        assert (project / "cut" / table).read_bytes() == (project / "undisturbed" / table).read_bytes()
+
+
 def test_pairs_with_a_baseline_and_a_subset_of_all_categories(project, policy_folder):
     data = tiny_chat.mt_bench(project / "data")
     with JudgeServer(answer="[[A]] Rating: [[5]]") as server:

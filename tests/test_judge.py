@@ -12,7 +12,7 @@ import pytest
 import tiny_chat
 from judge_server import MODEL, JudgeServer
 from rlhfscale.evals import judge, revisions
-from rlhfscale.evals.judge import Cache, Endpoint, JudgeError, Reply, Request, TooManyMissing, collect
+from rlhfscale.evals.judge import GONE_AFTER, Cache, Endpoint, JudgeError, Reply, Request, TooManyMissing, collect
 
 
 def requests(*words, **options):
@@ -98,7 +98,34 @@ def test_no_server_at_all_is_reported(tmp_path):
     with JudgeServer() as server:
         gone = endpoint(server, num_attempts=2)
     (reply,) = collect(gone, requests("a"), Cache(tmp_path))
-    assert reply.error.startswith("connection")
+    assert reply.error == f"{gone.base_url}: connection failed (ConnectError)"
+
+
+@pytest.mark.parametrize("failure", ["down", "reset", "sleep"])
+def test_an_endpoint_that_is_gone_half_way_is_named_and_a_second_run_asks_for_the_rest(tmp_path, failure):
+    """Down, dropping every connection, or silent: it is not asked for each of the other requests in turn."""
+    words = [f"q{number}" for number in range(60)]
+    with JudgeServer() as server:
+        undisturbed = collect(endpoint(server), requests(*words), Cache(tmp_path / "undisturbed"))
+    cache = Cache(tmp_path / "cut")
+    with JudgeServer(fails_after=20, failure=failure) as server:
+        cut = endpoint(server, num_attempts=2, timeout_s=1.0)
+        with pytest.raises(JudgeError, match=f"{server.url}: .*; 8 requests in a row .* is up .* run again"):
+            collect(cut, requests(*words), cache)
+        assert len(server.bodies) <= 20 + 2 * (GONE_AFTER + cut.concurrency)
+    assert sum(1 for _ in cache.folder.rglob("*.json")) == 20
+    with JudgeServer() as server:
+        replies = collect(endpoint(server), requests(*words), cache)
+        assert len(server.bodies) == 40
+    assert [reply.text for reply in replies] == [reply.text for reply in undisturbed]
+
+
+def test_requests_given_up_with_replies_between_them_do_not_end_the_run(tmp_path):
+    script = {f"bad{number}": ["reset"] for number in range(GONE_AFTER + 1)}
+    words = [word for pair in zip(script, "abcdefghi", strict=True) for word in pair]
+    with JudgeServer(script) as server:
+        replies = collect(endpoint(server, num_attempts=1, concurrency=1), requests(*words), Cache(tmp_path))
+    assert sum(bool(reply.error) for reply in replies) == GONE_AFTER + 1
 
 
 def test_concurrency_is_limited_and_used(tmp_path):
@@ -132,7 +159,7 @@ def test_a_killed_process_resumes(tmp_path):
     pytest.importorskip("openai")
     script = f"""
 import sys
-from rlhfscale.evals.judge import Cache, Endpoint, Request, collect
+from rlhfscale.evals.judge import GONE_AFTER, Cache, Endpoint, Request, collect
 asked = [Request(id=w, messages=({{"role": "user", "content": w + " please"}},)) for w in "abcdefgh"]
 collect(Endpoint({MODEL!r}, sys.argv[1], concurrency=1), asked, Cache({str(tmp_path)!r}))
 """

@@ -1,5 +1,6 @@
 """The same grids on a Ray cluster of two nodes: same artifacts, lost nodes, clear errors."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 
 from rlhfscale.ray_pool import RayError, RayPool
 from rlhfscale.store import Store
-from test_grid import diamond, lines, no_half_artifact, quiet, run
+from test_grid import alive, diamond, drive, lines, many, no_half_artifact, quiet, run
 from toy_stages import Number, Total, read
 
 pytestmark = pytest.mark.xdist_group("ray")
@@ -73,6 +74,29 @@ def test_a_lost_worker_and_a_lost_node_lose_nothing(cluster, tmp_path):
     assert set(results.status.values()) == {"done"} and len(lines(trace)) == 2
     assert "its Ray worker is gone" in console.export_text()
     no_half_artifact(store)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+def test_a_driver_that_is_killed_leaves_nothing_running_and_a_second_one_goes_on(cluster, tmp_path):
+    root, trace = tmp_path / "s", tmp_path / "trace"
+    driver = drive(root, trace, cluster.address)
+    while len(lines(trace)) < 4:
+        assert driver.poll() is None, driver.communicate()
+        time.sleep(0.05)
+    driver.kill()
+    driver.communicate()
+    deadline = time.monotonic() + 20
+    while any(alive(int(line.split()[1])) for line in lines(trace)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(alive(int(line.split()[1])) for line in lines(trace))
+    finished = [manifest["artifact"] for manifest in Store(root).artifacts()]
+    top = many(str(trace))
+    assert 0 < len(finished) < len(list(top.walk()))
+    results = run([top], Store(root), ray=cluster.address)
+    assert read(results[top]) == sum(a + b for a, b in itertools.pairwise(range(6)))
+    made = [line.split()[0] for line in lines(trace)]
+    assert all(made.count(key) == 1 for key in finished)
+    no_half_artifact(Store(root))
 
 
 def test_a_store_that_a_machine_cannot_see_is_refused(cluster, tmp_path, monkeypatch):

@@ -197,11 +197,15 @@ def alive(pid: int) -> bool:
         return False
 
 
-def test_ppo_learns_through_it(engine):
+@pytest.mark.parametrize("deaths", [0, 1])
+def test_ppo_learns_through_it(engine, deaths):
+    """Also where the engine is killed on the way: the next one is given the adapter, or the gap would stop the run."""
     run = tiny_rl.trainer(PPO, base=language_model(), sampler=engine, max_sampler_gap=1e-4)
-    for record in tiny_rl.updates(run, 2):
-        assert record["sampler_gap_mean_nats"] < 1e-4 and record["sampler_ratio"] == pytest.approx(1, abs=1e-3)
-    assert run.run.num_updates == 2
+    first = engine._process.pid
+    with killed_during_requests(engine, deaths):
+        for record in tiny_rl.updates(run, 2):
+            assert record["sampler_gap_mean_nats"] < 1e-4 and record["sampler_ratio"] == pytest.approx(1, abs=1e-3)
+    assert run.run.num_updates == 2 and (engine._process.pid != first) == bool(deaths)
 
 
 def test_bf16_gaps_and_no_orphan_when_the_parent_is_killed(folder, tmp_path):

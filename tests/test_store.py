@@ -2,16 +2,20 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 import tempfile
 import textwrap
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from rlhfscale.store import MANIFEST, Store, StoreError
-from toy_stages import Number, Total
+from rlhfscale.worker import make
+from toy_stages import Files, Number, Total
 
 
 def fill(store: Store, spec: Number, text: str = "content") -> Path:
@@ -97,6 +101,63 @@ def test_a_damaged_artifact_is_named_moved_aside_and_made_again(tmp_path, damage
     assert list(store.artifacts()) == []
     fill(store, spec)
     assert store.verify(spec.key)
+
+
+def flipped(content: bytes, place: float, flip: int) -> bytes:
+    """The content with bits of one byte flipped; ``place`` is 0 for the first byte and 1 for the last."""
+    at = round(place * (len(content) - 1))
+    return content[:at] + bytes([content[at] ^ flip]) + content[at + 1 :]
+
+
+def damages(rng: random.Random, num_flips: int) -> Iterator[Callable[[bytes], bytes | None]]:
+    """Ways to damage a file: flipped bits at its ends, its middle and at random, a byte less or more, half of it, no
+    byte at all, no file."""
+    for place in (0.0, 0.5, 1.0, *(rng.random() for _ in range(num_flips))):
+        yield partial(flipped, place=place, flip=rng.randrange(1, 256))
+    yield lambda content: content[:-1]
+    yield lambda content: content + b"\n"
+    yield lambda content: content[: len(content) // 2]
+    yield lambda content: b""
+    yield lambda content: None
+
+
+@pytest.mark.filterwarnings("ignore:corrupt artifact")
+def test_no_damage_to_any_file_goes_unnoticed_and_each_artifact_is_made_again(tmp_path):
+    spec, rng, count = Files(), random.Random(0), 0
+    assert make(spec, Store(tmp_path)) == "done"
+    folder = Store(tmp_path).folder(spec.key)
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    assert len(names) == 6 and MANIFEST in names
+    for name in names:
+        for damage in damages(rng, num_flips=300 if name == MANIFEST else 20):
+            path = folder / name
+            damaged = damage(path.read_bytes())
+            path.unlink() if damaged is None else path.write_bytes(damaged)
+            assert make(spec, Store(tmp_path)) == "done", (name, damaged)  # a new Store: nothing remembered
+            assert Store(tmp_path).verify(spec.key)
+            count += 1
+    assert len(list((tmp_path / "corrupt").iterdir())) == count
+    print(f"{count} corrupted artifacts, 0 accepted, {count} made again")
+
+
+def test_a_newline_of_another_system_in_a_manifest_is_damage_too(tmp_path):
+    store, spec = Store(tmp_path), Number(value=1)
+    path = fill(store, spec) / MANIFEST
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r", 1))
+    with pytest.warns(UserWarning, match="manifest.json has changed"):
+        assert not store.verify(spec.key)
+
+
+def test_a_manifest_without_a_hash_of_itself_counts_as_an_older_stores(tmp_path):
+    store, spec = Store(tmp_path), Number(value=1)
+    path = fill(store, spec) / MANIFEST
+    manifest = json.loads(path.read_text())
+    seal = manifest.pop("seal")
+    path.write_text(json.dumps(manifest, indent=1) + "\n")
+    assert Store(tmp_path).verify(spec.key)
+    path.write_text(json.dumps(manifest | {"sea": seal}, indent=1) + "\n")
+    with pytest.warns(UserWarning, match="manifest.json has changed"):
+        assert not Store(tmp_path).verify(spec.key)
 
 
 def test_damage_after_a_first_check_is_seen(tmp_path):

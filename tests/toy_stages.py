@@ -1,11 +1,15 @@
 """Toy stages for the tests of the store, the grid and the command line: specs, and the functions that make them."""
 
+import gzip
 import json
 import os
 import signal
 import time
 from pathlib import Path
 from typing import ClassVar
+
+import numpy as np
+from safetensors.numpy import save_file
 
 from rlhfscale.params import FigureParams, field
 from rlhfscale.spec import Spec
@@ -42,6 +46,17 @@ class Total(Spec):
         return self.sleep_s or 0.01
 
 
+class Files(Spec):
+    """Writes files of the kinds that artifacts hold, and one of ``large_kib``."""
+
+    stage: ClassVar[str] = "files"
+    runner: ClassVar[str] = "toy_stages:make_files"
+
+    value: int = 1
+    large_kib: int = 0
+    trace: str = ""
+
+
 def make_number(spec: Number, inputs: dict[str, Path], folder: Path) -> None:
     _note(spec)
     (folder / "half.txt").write_text("x" * 1000)
@@ -66,6 +81,18 @@ def make_total(spec: Total, inputs: dict[str, Path], folder: Path) -> None:
         _write(folder, sum(read(inputs[part.key]) for part in spec.parts))
 
 
+def make_files(spec: Files, inputs: dict[str, Path], folder: Path) -> None:
+    save_file({"weight": np.arange(64, dtype=np.float32) * spec.value}, folder / "model.safetensors")
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps({"r": 8, "alpha": 16.0}))
+    (folder / "values.csv").write_text("seed,value\n0,0.25\n1,0.5\n")
+    (folder / "values.csv.gz").write_bytes(gzip.compress(b"seed,value\n0,0.25\n" * 50, mtime=0))
+    (folder / "byte").write_bytes(b"x")
+    if spec.large_kib:
+        _note(spec)
+        (folder / "large").write_bytes(bytes(1024 * spec.large_kib))
+
+
 def read(folder: Path) -> int:
     return json.loads((folder / "value.json").read_text())
 
@@ -75,7 +102,7 @@ def _write(folder: Path, value: int) -> None:
     (folder / "value.json").write_text(json.dumps(value))
 
 
-def _note(spec: Number | Total) -> None:
+def _note(spec: Number | Total | Files) -> None:
     if spec.trace:
         with open(spec.trace, "a") as file:
             file.write(f"{spec.key} {os.getpid()}\n")

@@ -223,9 +223,8 @@ class _Board:
         """What went wrong, or an empty string. A failed notebook goes to the store's logs, never to the results."""
         figure.results.mkdir(parents=True, exist_ok=True)
         executed = figure.results / f".notebook.{os.getpid()}.ipynb"
-        for stale in figure.results.glob(".notebook.[0-9]*.ipynb"):
-            if not _alive(int(stale.name.split(".")[2])):
-                stale.unlink(missing_ok=True)
+        _sweep(figure.results.parent)
+        _sweep(figure.results)
         logs = self.store.root / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         log = logs / f"{figure.name}.log"
@@ -237,7 +236,7 @@ class _Board:
             names = [_relative(figure.notebook, root), _relative(executed, root)]
             options = ["--kernel", "python3", "--no-progress-bar", "--request-save-on-cell-execute"]
             process = subprocess.Popen(
-                [sys.executable, "-m", "papermill", *names, "-f", values.name, *options],
+                [sys.executable, "-m", "rlhfscale.notebook", str(os.getpid()), *names, "-f", values.name, *options],
                 cwd=root,
                 env=self.environment,
                 stdin=subprocess.DEVNULL,
@@ -256,6 +255,9 @@ class _Board:
             return ""
         if executed.exists():
             shutil.move(executed, logs / f"{figure.name}.failed.ipynb")
+        _sweep(figure.results)
+        if process.returncode < 0:
+            return f"its process was ended by signal {-process.returncode} (log: {log})"
         text = re.sub(r"\x1b\[[0-9;]*m", "", log.read_text(errors="replace")).strip()
         return f"{text.splitlines()[-1] if text else 'notebook stopped'} (log: {log})"
 
@@ -276,6 +278,13 @@ def verdict_lines(results: Path) -> list[str]:
             f"{claim['claim']} [{style}]{claim['verdict']}[/]  {escape(claim['statement'])}: {escape(interval)}"
         )
     return lines
+
+
+def _sweep(folder: Path) -> None:
+    """Delete what processes that are dead now had half written: notebooks, and the temporary files of tables."""
+    for path in (*folder.glob(".notebook.[0-9]*.ipynb"), *folder.glob(".*.[0-9]*.tmp")):
+        if not _alive(int(path.name.split(".")[-2])):
+            path.unlink(missing_ok=True)
 
 
 def _alive(pid: int) -> bool:

@@ -28,6 +28,8 @@ from rlhfscale.spec import Spec
 
 MANIFEST = "manifest.json"
 RECORDED_PACKAGES = ("rlhfscale", "torch", "transformers", "peft", "numpy", "safetensors")
+UNSEALED = {"artifact", "spec", "parents", "wall_s", "cpu_s", "peak_memory_mib", "packages", "created", "files"}
+"""What the manifests of older stores hold: all but a hash of themselves."""
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
 
@@ -76,7 +78,7 @@ class Store:
                 return True
             if self.folder(key).exists():
                 aside = self.root / "corrupt" / f"{key}.{uuid.uuid4().hex[:8]}"
-                with self._writing():
+                with self.writing():
                     aside.parent.mkdir(parents=True, exist_ok=True)
                     self.folder(key).rename(aside)
                 warnings.warn(f"corrupt artifact {key}: {problem}; moved to {aside}", stacklevel=2)
@@ -91,7 +93,7 @@ class Store:
     def lock(self, key: str) -> FileLock:
         """The lock of one artifact, a context manager; the same thread may take it again while it holds it."""
         if key not in self._locks:
-            with self._writing():
+            with self.writing():
                 (self.root / "locks").mkdir(parents=True, exist_ok=True)
             self._locks[key] = FileLock(self.root / "locks" / f"{key}.lock")
         return self._locks[key]
@@ -102,7 +104,7 @@ class Store:
 
         Takes the artifact's lock. Raises StoreError where the folder is not writable or the disk is full.
         """
-        with self._writing(), self.lock(spec.key):
+        with self.writing(), self.lock(spec.key):
             temporary = self.root / "tmp" / f"{spec.key}.{uuid.uuid4().hex[:8]}"
             temporary.mkdir(parents=True)
             try:
@@ -124,7 +126,7 @@ class Store:
                         if path.is_file()
                     },
                 }
-                (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1, allow_nan=False) + "\n")
+                (temporary / MANIFEST).write_bytes(_sealed(manifest))
                 for path in (*temporary.rglob("*"), temporary):
                     _to_disk(path)
                 self._publish(temporary, spec.key)
@@ -142,7 +144,7 @@ class Store:
 
     def check_writable(self) -> None:
         """Raise StoreError unless a file can be written under the root; to be called before any compute."""
-        with self._writing():
+        with self.writing():
             probe = self.root / f".probe.{uuid.uuid4().hex[:8]}"
             self.root.mkdir(parents=True, exist_ok=True)
             try:
@@ -169,7 +171,8 @@ class Store:
         """What is wrong with an artifact's folder, or None where it verifies."""
         folder = self.folder(key)
         try:
-            manifest = json.loads((folder / MANIFEST).read_text())
+            content = (folder / MANIFEST).read_bytes()
+            manifest = json.loads(content)
             files = {name: (folder / name).stat() for name in manifest["files"]}
             stamp = tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in files.items())
             stamp += ((folder / MANIFEST).stat().st_mtime_ns,)
@@ -178,12 +181,14 @@ class Store:
             spec_hash = hashlib.sha256(json.dumps(manifest["spec"], sort_keys=True).encode()).hexdigest()
             if not key.endswith(spec_hash[:16]):
                 return "its manifest describes another artifact"
+            if content != (_plain(manifest) if set(manifest) == UNSEALED else _sealed(manifest)):
+                return f"{MANIFEST} has changed"
             for name, recorded in manifest["files"].items():
                 if files[name].st_size != recorded["bytes"]:
                     return f"{name} has {files[name].st_size} bytes instead of {recorded['bytes']}"
                 if _sha256(folder / name) != recorded["sha256"]:
                     return f"{name} has changed"
-        except FileNotFoundError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             return f"{Path(error.filename).name} is missing"
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             return f"unreadable {MANIFEST} ({type(error).__name__})"
@@ -191,7 +196,7 @@ class Store:
         return None
 
     @contextmanager
-    def _writing(self) -> Iterator[None]:
+    def writing(self) -> Iterator[None]:
         """Turn the operating system's refusals to write below the root into a StoreError."""
         try:
             yield
@@ -224,6 +229,16 @@ def scratch(artifact: Path) -> Iterator[Path]:
     folder = artifact.parent.parent / "checkpoints" / artifact.name.rpartition(".")[0]
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sealed(manifest: dict[str, Any]) -> bytes:
+    """A manifest as it is written: JSON with a hash of all else in it, since tables are made from its costs too."""
+    content = {name: value for name, value in manifest.items() if name != "seal"}
+    return _plain(content | {"seal": hashlib.sha256(_plain(content)).hexdigest()})
+
+
+def _plain(manifest: dict[str, Any]) -> bytes:
+    return (json.dumps(manifest, indent=1, allow_nan=False) + "\n").encode()
 
 
 def _sha256(path: Path) -> str:

@@ -15,6 +15,7 @@ import time
 import traceback
 from contextlib import suppress
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 from rlhfscale.allocator import keep_freed_memory
 from rlhfscale.spec import Spec
@@ -37,14 +38,11 @@ def make(spec: Spec, store: Store) -> str:
 def attempt(spec: Spec, store: Store) -> tuple[str, float, str, str]:
     """Make a spec: status, seconds, message and traceback (see `pool.Outcome`); all output goes to the spec's log."""
     keep_freed_memory()
-    (store.root / "logs").mkdir(parents=True, exist_ok=True)
-    log = open(store.root / "logs" / f"{spec.key}.log", "w")  # noqa: SIM115  (becomes standard output)
-    os.dup2(log.fileno(), 1)
-    os.dup2(log.fileno(), 2)
-    log.close()
     start, message, trace = time.perf_counter(), "", ""
     try:
-        status = make(spec, store)
+        with store.writing():
+            _print_to(store.root / "logs" / f"{spec.key}.log")
+            status = make(spec, store)
     except StoreError as error:
         status, message, trace = "store", str(error), traceback.format_exc()
     except Exception as error:
@@ -55,13 +53,21 @@ def attempt(spec: Spec, store: Store) -> tuple[str, float, str, str]:
     return status, time.perf_counter() - start, message, trace
 
 
+def _print_to(path: Path) -> None:
+    """Have all output of this process go to a file, which is emptied."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+
+
 def serve(connection: Connection, store: Store) -> None:
     """Receive a spec, make it, send how that ended, and so on."""
     while True:
         connection.send(attempt(connection.recv(), store))
 
 
-def _exit_with(driver: int) -> None:
+def exit_with(driver: int) -> None:
     """End this process within a second of its driver's death, also in the middle of a long computation."""
     while os.getppid() == driver:
         time.sleep(0.5)
@@ -76,7 +82,7 @@ def main() -> None:
     faulthandler.enable()
     signal.signal(signal.SIGTERM, _terminate)
     descriptor, driver = int(sys.argv[1]), int(sys.argv[2])
-    threading.Thread(target=_exit_with, args=(driver,), daemon=True).start()
+    threading.Thread(target=exit_with, args=(driver,), daemon=True).start()
     connection = Connection(descriptor)
     with suppress(EOFError, ConnectionError):  # the driver has closed its end: no more work
         serve(connection, Store(connection.recv()))

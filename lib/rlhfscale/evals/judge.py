@@ -30,6 +30,8 @@ Message = dict[str, str]
 NEW_TOKENS_FIELD = "max_completion_tokens"
 CHARS_PER_TOKEN = 3.5
 """Rough, on the dear side for English, for cost estimates only."""
+GONE_AFTER = 8
+"""Requests given up in a row because nothing came back, after which an endpoint is taken to be gone."""
 
 
 class JudgeError(RuntimeError):
@@ -246,11 +248,12 @@ def estimate(
 
 
 class _Retry(Exception):
-    """This attempt failed and another may do better; ``after_s`` is what the server asked to wait."""
+    """This attempt failed and another may do better; ``after_s`` is what the server asked to wait, and ``silent`` says
+    that nothing came from it."""
 
-    def __init__(self, reason: str, after_s: float = 0.0):
+    def __init__(self, reason: str, after_s: float = 0.0, silent: bool = False):
         super().__init__(reason)
-        self.after_s = after_s
+        self.after_s, self.silent = after_s, silent
 
 
 class _Refused(Exception):
@@ -284,11 +287,13 @@ class Endpoint:
     scores: bool = field(default=False, init=False)
     tokens_field: str = field(default="max_tokens", init=False)
     """What the endpoint calls the largest length; newer models of OpenAI refuse the old name and say the new one."""
+    _silences: int = field(default=0, init=False, repr=False)
+    """Requests given up since the last one that something came back for."""
 
     def ask(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply]]:
         """As `Judge.ask`. Timeouts, broken connections, 408, 409, 429, 5xx, broken JSON and empty text are tried again;
-        what is left is a reply with an error. 401, 403, 404 and another model's name raise JudgeError, after the
-        replies that came."""
+        what is left is a reply with an error. 401, 403, 404, another model's name, and silence (`GONE_AFTER`) raise
+        JudgeError, after the replies that came."""
         done: queue.Queue[tuple[int, Reply] | BaseException | None] = queue.Queue()
         stop: list[Callable[[], None]] = []
 
@@ -335,7 +340,7 @@ class Endpoint:
                 loop.call_soon_threadsafe(main.cancel)
 
         stop.append(cancel)
-        todo, fatal = list(range(len(requests)))[::-1], []
+        todo, fatal, self._silences = list(range(len(requests)))[::-1], [], 0
         async with AsyncOpenAI(base_url=self.base_url, api_key=self.api_key, max_retries=0) as client:
 
             async def worker() -> None:
@@ -362,13 +367,21 @@ class Endpoint:
         for attempt in range(1, self.num_attempts + 1):
             try:
                 reply = await self._attempt(client, request)
+                self._silences = 0
                 return replace(reply, num_attempts=attempt)
             except _Refused as error:
+                self._silences = 0
                 return Reply(error=str(error), num_attempts=attempt)
             except _Retry as error:
-                reason, wait = str(error), self._wait_s(request, attempt, error.after_s)
+                reason, silent, wait = str(error), error.silent, self._wait_s(request, attempt, error.after_s)
             if attempt < self.num_attempts:
                 await asyncio.sleep(wait)
+        self._silences = self._silences + 1 if silent else 0
+        if self._silences == GONE_AFTER:
+            raise JudgeError(
+                f"{reason}; {GONE_AFTER} requests in a row were given up: see that the endpoint is up and can be"
+                " reached, then run again, which asks only for what is missing"
+            )
         return Reply(error=reason, num_attempts=self.num_attempts)
 
     def _wait_s(self, request: Request, attempt: int, after_s: float) -> float:
@@ -395,11 +408,12 @@ class Endpoint:
             # the client's own timeout is for each read; this one is for the whole
             found = await asyncio.wait_for(call, self.timeout_s)
         except (TimeoutError, openai.APITimeoutError):
-            raise _Retry(f"timeout after {self.timeout_s:g} s") from None
+            raise _Retry(f"{self.base_url}: timeout after {self.timeout_s:g} s", silent=True) from None
         except openai.APIStatusError as error:
             raise self._status(error) from None
         except openai.APIConnectionError as error:
-            raise _Retry(f"connection: {type(error.__cause__ or error).__name__}") from None
+            cause = type(error.__cause__ or error).__name__
+            raise _Retry(f"{self.base_url}: connection failed ({cause})", silent=True) from None
         except (openai.APIError, ValueError) as error:  # JSON that is cut short is a ValueError
             raise _Retry(f"broken reply: {type(error).__name__}") from None
         return self._read(found, request)
