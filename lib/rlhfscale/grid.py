@@ -134,6 +134,11 @@ class Failure:
     traceback: str
     log: Path
 
+    @property
+    def where(self) -> str:
+        """The log's place: on a cluster with a store at a URL that is the machine that ran the node."""
+        return str(self.log) if self.log.exists() else f"{self.log}, on the machine that ran it"
+
 
 @dataclass
 class Results(Mapping[Spec, Path]):
@@ -165,7 +170,8 @@ class Results(Mapping[Spec, Path]):
 
 
 def plan(specs: Specs, store: Store | None = None, workers: int = 2) -> Plan:
-    """What must run to have the artifacts of all ``specs``: nothing for a verified artifact, nor for its ancestors."""
+    """What must run to have the artifacts of all ``specs``: nothing for a verified artifact, nor for its ancestors, nor
+    for one that the store's URL lists."""
     store = store or Store()
     groups = _groups(specs)
     nodes: dict[str, Node] = {}
@@ -173,7 +179,7 @@ def plan(specs: Specs, store: Store | None = None, workers: int = 2) -> Plan:
     def visit(spec: Spec, group: int) -> None:
         if spec.key in nodes:
             return
-        if store.verify(spec.key):
+        if store.available(spec.key):
             nodes[spec.key] = Node(spec, "cached", group)
             return
         for parent in spec.parents:
@@ -209,17 +215,21 @@ def ensure(
     A node that fails is reported, its dependants are skipped, all others go on; then GridError, unless
     ``raise_on_failure`` is false. A store that cannot be written stops everything with StoreError. Interrupted, it
     stops the workers, which delete what is half made, and raises KeyboardInterrupt; calling it again continues.
-    Raises ray_pool.RayError where Ray cannot be used, before anything is computed.
+    Raises ray_pool.RayError where Ray cannot be used, before anything is computed. Of a store at a URL, the artifacts
+    that ``specs`` asks for are downloaded first; one that is found damaged there is made again.
     """
-    store = store or Store()
-    todo = plan(specs, store, workers)
-    requested = {spec.key: spec for group in todo.groups.values() for spec in group}
+    store, groups, console = store or Store(), _groups(specs), console or Console()
+    requested = {spec.key: spec for group in groups.values() for spec in group}
+    if away := store.elsewhere(requested):
+        if progress:
+            console.print(f"downloading {len(away)} artifacts from {store.location}", highlight=False, soft_wrap=True)
+        store.fetch(away)
+    todo = plan(groups, store, workers)
     results = Results(store, tuple(requested.values()), {})
-    console = console or Console()
     run = _Run(todo, store, results, console, on_done or (lambda spec, status: None), progress, ray)
     run.execute()
     if results.failures and raise_on_failure:
-        lines = [f"{f.spec.title}: {f.message} (log: {f.log})" for f in results.failures.values()]
+        lines = [f"{f.spec.title}: {f.message} (log: {f.where})" for f in results.failures.values()]
         skipped = sum(status == "skipped" for status in results.status.values())
         raise GridError(f"{len(lines)} failed, {skipped} skipped because of it:\n" + "\n".join(lines))
     return results
@@ -258,6 +268,7 @@ class _Run:
         self.start = time.monotonic()
 
     def execute(self) -> None:
+        self.store.share(node.spec.key for node in self.plan.cached)
         for node in self.plan.cached:
             self.settle(node, "cached")
         if not self.plan.to_run:
@@ -328,7 +339,7 @@ class _Run:
 
     def fail(self, node: Node, failure: Failure) -> None:
         self.results.failures[node.spec.key] = failure
-        self.say(f"[red]failed[/] {escape(node.spec.title)}: {escape(failure.message)}\n  log: {failure.log}")
+        self.say(f"[red]failed[/] {escape(node.spec.title)}: {escape(failure.message)}\n  log: {failure.where}")
         self.settle(node, "failed")
         lost = {node.spec.key}
         for other in self.nodes.values():  # topological order: one pass finds all dependants

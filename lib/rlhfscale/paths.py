@@ -4,6 +4,7 @@ The command line sets ``RLHFSCALE_STORE``, ``RLHFSCALE_RESULTS`` and ``RLHFSCALE
 that their library calls agree with its options; a reader in JupyterLab has none of them and gets the defaults.
 """
 
+import hashlib
 import os
 import re
 from pathlib import Path
@@ -22,14 +23,35 @@ def project_root() -> Path:
     raise FileNotFoundError(f"no rlhfscale project at or above {here}: run this inside its checkout")
 
 
-def store_root() -> Path:
-    """``$RLHFSCALE_STORE``, or ``.store`` in the project's root (in the current folder outside a project)."""
-    if root := os.environ.get("RLHFSCALE_STORE"):
-        return Path(root).absolute()
+def is_url(location: str) -> bool:
+    """Whether a store's location is a URL, such as ``s3://bucket/prefix``, and not a folder."""
+    return "://" in location
+
+
+def store_location() -> str:
+    """``$RLHFSCALE_STORE``, a folder or a URL; else ``.store`` in the project's root (in the current folder outside a
+    project)."""
+    if location := os.environ.get("RLHFSCALE_STORE"):
+        return location
     try:
-        return project_root() / ".store"
+        return str(project_root() / ".store")
     except FileNotFoundError:
-        return Path.cwd() / ".store"
+        return str(Path.cwd() / ".store")
+
+
+def store_root(location: str | None = None) -> Path:
+    """This machine's folder of the store at a location, by default at :func:`store_location`.
+
+    That of a URL is its cache: ``$RLHFSCALE_CACHE``, or a folder for each URL below ``~/.cache/rlhfscale``.
+    """
+    location = store_location() if location is None else location
+    if not is_url(location):
+        return Path(location).absolute()
+    if cache := os.environ.get("RLHFSCALE_CACHE"):
+        return Path(cache).absolute()
+    url = location.rstrip("/")
+    name = re.sub(r"\W+", "-", url)[:60] + "-" + hashlib.sha256(url.encode()).hexdigest()[:8]
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlhfscale" / name
 
 
 def results_root() -> Path:

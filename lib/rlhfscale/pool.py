@@ -118,7 +118,7 @@ class _Worker:
         )
         far_end.close()
         self.spec: Spec | None = None
-        self.connection.send(store.root)
+        self.connection.send(store.location)
 
     def give(self, spec: Spec) -> None:
         self.spec = spec

@@ -1,22 +1,25 @@
 """The nodes of a grid as Ray tasks, on a cluster or on a Ray of this machine's own.
 
-The store must be a folder that every machine of the cluster sees under the same path. Locks, checksums and renames are
-the store's own, so a task whose machine is lost leaves nothing behind but a temporary folder, which `Store.sweep`
-deletes. Ray is asked for cores, GPUs and memory by each spec and decides what runs where. It never repeats a task by
-itself: the grid counts attempts.
+The store must be a folder that every machine of the cluster sees under the same path, or a URL that each can read and
+write with credentials of its own. Locks, checksums and renames are the store's own, so a task whose machine is lost
+leaves nothing behind but a temporary folder, which `Store.sweep` deletes. Ray is asked for cores, GPUs and memory by
+each spec and decides what runs where. It never repeats a task by itself: the grid counts attempts.
 """
 
 import os
 import socket
 import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rlhfscale.pool import THREAD_VARIABLES, Outcome, Pool, worker_environment
 from rlhfscale.spec import Spec
-from rlhfscale.store import Store
+from rlhfscale.store import Store, StoreError
 
 LOCAL = "local"
+
+T, R = TypeVar("T"), TypeVar("R")
 
 
 class RayError(RuntimeError):
@@ -27,7 +30,7 @@ class RayPool(Pool):
     """Ray tasks.
 
     Args:
-        store: on a file system that all machines share.
+        store: on a file system that all machines share, or at a URL.
         address: of a running cluster, such as ``10.0.0.1:6379`` or ``ray://host:10001``; ``local`` starts one here.
         workers: cores of the cluster that ``local`` starts; ignored for another.
 
@@ -53,7 +56,7 @@ class RayPool(Pool):
                 raise RayError(f"--ray {address}: no Ray cluster could be reached there ({error})") from error
         self.make = ray.remote(max_retries=0)(_make)
         self.running: dict[Any, Spec] = {}
-        self._check_shared()
+        self._check_store()
 
     def room(self) -> int:
         """Enough waiting tasks to keep the cluster busy, and no more, so that the order of the plan holds."""
@@ -62,7 +65,7 @@ class RayPool(Pool):
     def start(self, spec: Spec) -> None:
         needs = spec.needs
         options = {"num_cpus": needs.cpus, "num_gpus": needs.gpus, "memory": needs.memory_mib * 2**20}
-        task = self.make.options(name=spec.title, **options).remote(spec, self.store.root)
+        task = self.make.options(name=spec.title, **options).remote(spec, self.store.location)
         self.running[task] = spec
 
     def wait(self, timeout_s: float) -> list[Outcome]:
@@ -83,28 +86,34 @@ class RayPool(Pool):
         if self.mine:
             self.ray.shutdown()
 
-    def _check_shared(self) -> None:
-        """Raise RayError unless every machine of the cluster sees the store."""
+    def _check_store(self) -> None:
+        """Raise RayError unless every machine of the cluster can use the store."""
+        if self.store.remote:
+            for name, refusal in self._ask_all(_cannot_write, self.store.location):
+                if refusal:
+                    raise RayError(f"--ray: {name}: {refusal}")
+            return
         probe = self.store.root / f".probe.{os.getpid()}.{threading.get_ident()}"
         probe.parent.mkdir(parents=True, exist_ok=True)
         probe.touch()
         try:
-            strategy = self.ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
-            alive = [node for node in self.ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
-            sees = self.ray.remote(num_cpus=0, max_retries=0)(_sees)
-            asked = [
-                sees.options(scheduling_strategy=strategy(node["NodeID"], soft=True)).remote(probe) for node in alive
-            ]
-            blind = [
-                node["NodeManagerHostname"] for node, found in zip(alive, self.ray.get(asked), strict=True) if not found
-            ]
+            blind = [name for name, found in self._ask_all(_sees, probe) if not found]
         finally:
             probe.unlink()
         if blind:
             raise RayError(
                 f"--ray: {', '.join(blind)} cannot see the store {self.store.root}; choose a folder that all machines"
-                " share (--store, RLHFSCALE_STORE)"
+                " share, or a URL (--store, RLHFSCALE_STORE)"
             )
+
+    def _ask_all(self, question: Callable[[T], R], about: T) -> list[tuple[str, R]]:
+        """Each machine's name and answer; machines that only schedule are not asked."""
+        ask = self.ray.remote(num_cpus=0, max_retries=0)(question)
+        strategy = self.ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
+        alive = [node for node in self.ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+        asked = [ask.options(scheduling_strategy=strategy(node["NodeID"], soft=True)).remote(about) for node in alive]
+        names = [node["NodeManagerHostname"] for node in alive]
+        return list(zip(names, self.ray.get(asked), strict=True))
 
 
 def _check_answers(address: str) -> None:
@@ -122,7 +131,16 @@ def _sees(probe: Path) -> bool:
     return probe.exists()
 
 
-def _make(spec: Spec, root: Path) -> tuple[str, float, str, str]:
+def _cannot_write(location: str) -> str:
+    """Why this machine cannot use the store, or an empty string."""
+    try:
+        Store(location).check_writable()
+    except StoreError as error:
+        return str(error)
+    return ""
+
+
+def _make(spec: Spec, location: str) -> tuple[str, float, str, str]:
     from rlhfscale import worker
 
-    return worker.attempt(spec, Store(root))
+    return worker.attempt(spec, Store(location))

@@ -117,7 +117,7 @@ class ResultsFolder:
     def write_manifest(
         self,
         params: Mapping[str, Any],
-        artifacts: Mapping[str, str | os.PathLike],
+        artifacts: Mapping[str, Mapping[str, Any]],
         *,
         command: str,
         seeds: Sequence[int],
@@ -128,14 +128,14 @@ class ResultsFolder:
 
         Args:
             params: the figure's resolved parameters, as JSON values.
-            artifacts: folder of each artifact used, by key; ``wall_s``, ``cpu_s`` and ``peak_memory_mib`` are read
-                from each folder's manifest.json.
+            artifacts: manifest of each artifact used, by key; its ``wall_s``, ``cpu_s`` and ``peak_memory_mib`` are
+                kept.
             command: the command that made the figure.
             seeds: seeds of the runs.
             wall_s: seconds this call of the notebook took, warm or cold.
             extra: further facts, such as counts of dropped rows.
         """
-        costs = {key: _cost(Path(folder)) for key, folder in sorted(artifacts.items())}
+        costs = {key: _cost(made) for key, made in sorted(artifacts.items())}
         runs = self.path / "runs.csv"
         manifest = {
             "figure": self.figure,
@@ -194,8 +194,7 @@ def _require_finite(table: pd.DataFrame, column: str, name: str) -> None:
         raise ValueError(f"{name} has {len(bad)} rows whose {column} is not finite, first: {first}")
 
 
-def _cost(folder: Path) -> dict[str, float]:
-    manifest = json.loads((folder / "manifest.json").read_text())
+def _cost(manifest: Mapping[str, Any]) -> dict[str, float]:
     return {name: manifest[name] for name in ("wall_s", "cpu_s", "peak_memory_mib") if name in manifest}
 
 

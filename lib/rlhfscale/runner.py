@@ -155,7 +155,7 @@ class _Board:
     def __init__(self, figures: Sequence[Figure], tier: str, store: Store, results: Path, console: Console):
         self.figures, self.store, self.console = figures, store, console
         self.environment = os.environ | {
-            "RLHFSCALE_STORE": str(store.root),
+            "RLHFSCALE_STORE": store.location,
             "RLHFSCALE_RESULTS": str(results),
             "RLHFSCALE_TIER": tier,
             "JUPYTER_PREFER_ENV_PATH": "1",

@@ -59,8 +59,7 @@ class Spec(BaseModel):
     @cached_property
     def key(self) -> str:
         """``stage-`` and 16 hexadecimal digits of a SHA-256 over stage, version, fields and parents' keys."""
-        text = json.dumps(self.describe(), sort_keys=True, allow_nan=False)
-        return f"{self.stage}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        return key_of(self.describe())
 
     def describe(self) -> dict[str, Any]:
         """The fields as JSON values with each parent replaced by its key; saved in the artifact's manifest."""
@@ -99,6 +98,12 @@ class Spec(BaseModel):
             yield spec
 
         yield from visit(self)
+
+
+def key_of(description: dict[str, Any]) -> str:
+    """The key of the spec that `Spec.describe` gave, also after a way through JSON."""
+    text = json.dumps(description, sort_keys=True, allow_nan=False)
+    return f"{description['stage']}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 def _plain(value: Any) -> Any:

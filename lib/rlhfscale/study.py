@@ -30,6 +30,8 @@ from rlhfscale.stats.fits import fit_power_law, fit_slope, fit_with_intervals, s
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from rlhfscale.grid import Results
+
 Folders = Mapping[Spec, Path]
 CUSTOM = "custom"
 """Results folder of parameters that are no tier's."""
@@ -56,14 +58,14 @@ class Tables:
     extra: dict[str, pd.DataFrame] = field(default_factory=dict)
 
 
-def save(P: RecipeFigure, tables: Tables, pictures: Mapping[str, "Figure"], folders: Folders, wall_s: float) -> Path:
+def save(P: RecipeFigure, tables: Tables, pictures: Mapping[str, "Figure"], folders: "Results", wall_s: float) -> Path:
     """Write everything of a figure to results/<tier>/<figure>/ and return that folder.
 
     Args:
         P: the figure's parameters; their recipe names the tier.
         tables: what `policy_size`, `best_of_n`, `test_bed` or `walkthrough` returned.
         pictures: matplotlib figures by file name without suffix.
-        folders: artifact folders by spec.
+        folders: what `grid.ensure` returned for the figure's specs.
         wall_s: seconds that the notebook took, for the manifest.
     """
     folder = ResultsFolder(P.figure, tier=tier(P))
@@ -77,11 +79,10 @@ def save(P: RecipeFigure, tables: Tables, pictures: Mapping[str, "Figure"], fold
     if tables.claims:
         folder.write_claims(tables.claims)
     roots = P.specs()
-    ancestors = {spec.key: spec for root in roots for spec in root.walk()}
-    store = Path(folders[roots[0]]).parent.parent if roots else None
+    ancestors = {spec.key for root in roots for spec in root.walk()}
     folder.write_manifest(
         P.resolved() | {"recipe_settings": P.settings.model_dump(mode="json")},
-        {key: store / spec.stage / key for key, spec in ancestors.items()},
+        folders.store.manifests(ancestors) if roots else {},
         command=command(P),
         seeds=P.seeds,
         wall_s=wall_s,

@@ -26,7 +26,11 @@ def make(spec: Spec, store: Store) -> str:
     """Make one artifact under its lock; ``"done"``, or ``"cached"`` where another process has made it meanwhile."""
     with store.lock(spec.key):
         if store.verify(spec.key):
+            store.share([spec.key])
             return "cached"
+        for parent in spec.parents:
+            if not store.verify(parent.key):  # the plan found it, and it was found damaged since
+                make(parent, store)
         module, _, name = spec.runner.partition(":")
         run = getattr(importlib.import_module(module), name)
         inputs = {parent.key: store.open(parent.key) for parent in spec.parents}

@@ -102,7 +102,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m rlhfscale.bench.learning", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--peer-python", required=True, help="Python of the environment of requirements/bench.txt")
-    parser.add_argument("--store", type=Path, help="artifact store; what is missing there is made")
+    parser.add_argument("--store", help="artifact store, a folder or a URL; what is missing there is made")
     parser.add_argument("--out", type=Path, required=True, help="folder of the tables")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--rung", default="55k", help="of the policy")
