@@ -7,9 +7,14 @@ import sys
 from pathlib import Path
 
 
-def run(script: Path, *arguments: object, size: int) -> None:
-    """Run ``script`` in ``size`` processes that find each other; alone, without the environment of ``torchrun``."""
-    about = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(size)}
+def run(script: Path, *arguments: object, size: int, per_machine: int | None = None) -> None:
+    """Run ``script`` in ``size`` processes that find each other, as on machines of ``per_machine``; one process alone
+    without the environment of ``torchrun``."""
+    about = {"LOCAL_WORLD_SIZE": str(per_machine or size)} | {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": str(size),
+    }
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
     processes = [
         subprocess.Popen(

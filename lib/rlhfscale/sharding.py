@@ -18,6 +18,7 @@ the in-process sampler and the reward models see to that; what only one process 
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -67,7 +68,7 @@ def shard(model: PreTrainedModel, device: torch.device | str | None = None) -> P
         raise ValueError(f"model: no decoder layers were found in {type(model).__name__}")
     resident = _Resident()
     blocks = [Block(_matrices(layer.parameters()), [layer], device, resident) for layer in layers]
-    for before, after in zip(blocks, blocks[1:], strict=False):
+    for before, after in pairwise(blocks):
         before.after, after.before = after, before
     for matrix, users in _outside_of_layers(model):
         Block([matrix], users, device, resident)
