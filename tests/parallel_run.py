@@ -46,6 +46,14 @@ def policy(algorithm, **options) -> tuple[dict, list]:
     return dict(run.networks.named_parameters()), [[record["proxy"], record["kl_nats"]] for record in records]
 
 
+def keep(folder: Path, name: str, weights: dict, record: list) -> None:
+    """Write what this process has come to."""
+    target = folder / f"{parallel.rank()}-of-{parallel.size()}"
+    target.mkdir(parents=True, exist_ok=True)
+    save_file({key: value.detach().clone() for key, value in weights.items()}, target / f"{name}.safetensors")
+    (target / f"{name}.json").write_text(json.dumps(record))
+
+
 def main(folder: Path, base: Path) -> None:
     torch.set_num_threads(1)
     parallel.start()
@@ -61,10 +69,7 @@ def main(folder: Path, base: Path) -> None:
         "rloo": policy(RLOO, responses_per_prompt=4),
     }
     for name, (weights, record) in made.items():
-        target = folder / f"{parallel.rank()}-of-{parallel.size()}"
-        target.mkdir(parents=True, exist_ok=True)
-        save_file({key: value.detach().clone() for key, value in weights.items()}, target / f"{name}.safetensors")
-        (target / f"{name}.json").write_text(json.dumps(record))
+        keep(folder, name, weights, record)
 
 
 if __name__ == "__main__":

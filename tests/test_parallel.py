@@ -1,16 +1,13 @@
 """Two processes train what one process trains: fine-tuning, reward models, PPO and GRPO, by gloo on this machine."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.torch import load_file
 
+import processes
 import tiny
 
 RUN = Path(__file__).with_name("parallel_run.py")
@@ -29,38 +26,23 @@ NAMES = [
 pytestmark = pytest.mark.xdist_group("parallel")
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """What one process, and each of two, has trained."""
     folder, base = tmp_path_factory.mktemp("runs"), tmp_path_factory.mktemp("base")
     tiny.model().save_pretrained(base)
     for size in (1, 2):
-        about = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(size)}
-        paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
-        environment = os.environ | {"PYTHONPATH": paths} | (about if size > 1 else {})
-        processes = [
-            subprocess.Popen(
-                [sys.executable, str(RUN), str(folder), str(base)],
-                env=environment | ({"RANK": str(rank)} if size > 1 else {}),
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(size)
-        ]
-        for process in processes:
-            _, errors = process.communicate(timeout=300)
-            assert process.returncode == 0, errors[-3000:]
+        processes.run(RUN, folder, base, size=size)
     return folder
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_two_processes_end_where_one_does(made, name):
+    check(made, name)
+
+
+def check(made: Path, name: str) -> None:
+    """Both processes have the same weights and records, and they are those of one process."""
     alone, first, second = (load_file(made / who / f"{name}.safetensors") for who in ("0-of-1", "0-of-2", "1-of-2"))
     assert tiny.equal(first, second), "the copies drifted apart"
     assert alone.keys() == first.keys()

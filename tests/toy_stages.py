@@ -12,7 +12,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from rlhfscale.params import FigureParams, field
-from rlhfscale.spec import Spec
+from rlhfscale.spec import Needs, Spec
 
 
 class Number(Spec):
@@ -46,6 +46,20 @@ class Total(Spec):
         return self.sleep_s or 0.01
 
 
+class Together(Spec):
+    """What each of two processes finds. ``mood``: what goes wrong in the second one."""
+
+    stage: ClassVar[str] = "together"
+    runner: ClassVar[str] = "toy_stages:make_together"
+
+    part: Number
+    mood: str = ""
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(cpus=2, gpus=2)
+
+
 class Files(Spec):
     """Writes files of the kinds that artifacts hold, and one of ``large_kib``."""
 
@@ -55,6 +69,20 @@ class Files(Spec):
     value: int = 1
     large_kib: int = 0
     trace: str = ""
+
+
+def make_together(spec: Together, inputs: dict[str, Path], folder: Path) -> None:
+    import torch
+
+    from rlhfscale import parallel
+
+    if spec.mood == "raise" and parallel.rank() == 1:
+        raise ValueError("loss is NaN at step 3")
+    if spec.mood == "die" and parallel.rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    total = parallel.summed(torch.tensor(read(inputs[spec.part.key]) * 10 ** parallel.rank()))
+    (folder / f"{parallel.rank()}.txt").write_text("")
+    (folder / "value.json").write_text(json.dumps(int(total)))
 
 
 def make_number(spec: Number, inputs: dict[str, Path], folder: Path) -> None:

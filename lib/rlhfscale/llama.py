@@ -25,7 +25,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaModel, MistralModel, PreTrainedConfig, PreTrainedModel, Qwen2Model
 
-from rlhfscale import packing
+from rlhfscale import packing, sharding
 from rlhfscale.lora import Projection, head_product
 
 SUPPORTED = (LlamaModel, MistralModel, Qwen2Model)
@@ -452,7 +452,7 @@ class LlamaDecoder:
 
 
 def fused(trunk: nn.Module, head: nn.Module | None = None, dtype: torch.dtype | None = None) -> FusedLlama | None:
-    """The fused form of a decoder, or None where it is another architecture, not on a CPU, or not plain.
+    """The fused form of a decoder, or None where it is another architecture, not on a CPU, not plain, or sharded.
 
     Args:
         trunk: the decoder of a transformers model, its weights frozen but for adapters, or all of them trained.
@@ -504,6 +504,7 @@ def _is_plain(trunk: nn.Module | None) -> bool:
         and trunk.device.type == "cpu"
         and trunk.dtype in (torch.float32, torch.bfloat16)
         and is_written_out(trunk.config)
+        and not sharding.is_sharded(trunk)
     )
 
 

@@ -17,6 +17,8 @@ from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from rlhfscale import sharding
+
 try:
     from peft.tuners.lora import Linear4bit as PeftLinear4bit
 except ImportError:  # PEFT offers it only where bitsandbytes is installed
@@ -145,7 +147,7 @@ class Projection:
         self.sizes = [base.out_features for base in bases]
         self.columns = [slice(sum(self.sizes[:i]), sum(self.sizes[: i + 1])) for i in range(len(bases))]
         self.block = None
-        if all(type(base) is nn.Linear for base in bases):
+        if all(type(base) is nn.Linear and not sharding.is_sharded(base) for base in bases):
             self.block = bases[0].weight.data if len(bases) == 1 else torch.cat([base.weight.data for base in bases])
             if move:
                 for base, part in zip(bases, self.block.split(self.sizes), strict=True):
@@ -190,7 +192,8 @@ class Projection:
         """What to multiply by in ``dtype``: a weight, and the adapters that are not part of it (see `lora`).
 
         A float32 weight is summed with its adapters, then rounded if ``dtype`` is lower; the sum is formed again once
-        an A or B has changed. A weight that is stored in fewer bits is not: summing would round the adapters away.
+        an A or B has changed. A weight that is stored in fewer bits is not: summing would round the adapters away. Nor
+        is a sharded one, which is there only while its layer computes.
         """
         lora = self.lora(name)
         if self.block is None or self.block.dtype != torch.float32:
@@ -218,7 +221,8 @@ class Projection:
     def _stored(self, dtype: torch.dtype) -> torch.Tensor:
         if self.block is not None:
             return self.block.to(dtype)
-        return torch.cat([dense_weight(base_of(module), dtype) for module in self.modules])
+        weights = [dense_weight(base_of(module), dtype) for module in self.modules]
+        return weights[0] if len(weights) == 1 else torch.cat(weights)
 
     def forward(self, x: torch.Tensor, name: str | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[token, in] -> [token, out]; and what `backward` wants back if anything, the input's products with all A."""

@@ -20,9 +20,10 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.integrations import is_fsdp_enabled
 from transformers.utils import logging
 
-from rlhfscale import tasks
+from rlhfscale import parallel, sharding, tasks
 from rlhfscale.ladder import BOS_ID, SPECIAL_TOKENS, Rung
 
 logging.disable_progress_bar()  # of loading and saving weights: noise in a worker's log
@@ -89,17 +90,23 @@ def lora_config(rank: int, alpha: float, targets: str | list[str] = "all-linear"
 DTYPES = ("fp32", "bf16", "nf4")
 
 
-def load_base(source: str | Path, dtype: str = "fp32", *, head: str = "causal", **options) -> PreTrainedModel:
+def load_base(
+    source: str | Path, dtype: str = "fp32", *, head: str = "causal", sharded: bool | None = None, **options
+) -> PreTrainedModel:
     """A pretrained model in float32, bfloat16, or 4-bit NF4 with bfloat16 compute (Dettmers et al. 2023).
 
     Args:
         source: a transformers folder or a hub id.
         dtype: "fp32", "bf16" or "nf4".
         head: "causal" for a language model, "score" for a sequence classifier with one output.
+        sharded: let each process keep a share of the weights only (see `sharding`). They are read into the memory of
+            the CPU, one process of a machine after the other, and only shares reach a GPU. By default, if ``accelerate
+            launch`` runs several processes with a configuration for FSDP.
         options: passed to ``from_pretrained``, such as ``revision``, ``local_files_only`` or ``device_map``.
 
     Raises:
-        ValueError: an unknown dtype.
+        ValueError: an unknown dtype; a device_map for a sharded model; or accelerate would let transformers read the
+            weights in one process only, for a sharding other than this one.
         ImportError: NF4 without bitsandbytes; the message says how to install it.
     """
     if dtype not in DTYPES:
@@ -110,7 +117,18 @@ def load_base(source: str | Path, dtype: str = "fp32", *, head: str = "causal", 
     if head == "score":
         options["num_labels"] = 1
     auto = {"causal": AutoModelForCausalLM, "score": AutoModelForSequenceClassification}[head]
-    return close_nf4_trap(auto.from_pretrained(source, **options)).eval()
+    if not (sharding.is_asked_for() if sharded is None else sharded):
+        return close_nf4_trap(auto.from_pretrained(source, **options)).eval()
+    if "device_map" in options:
+        raise ValueError("device_map: a sharded model goes to each process's own GPU; leave it out")
+    if is_fsdp_enabled():
+        raise ValueError(
+            "fsdp_cpu_ram_efficient_loading: it leaves all processes but one without weights; set it to false"
+        )
+    for _ in parallel.in_turn():
+        model = close_nf4_trap(auto.from_pretrained(source, device_map={"": "cpu"}, **options)).eval()
+        model = sharding.shard(model)
+    return model
 
 
 def _nf4() -> BitsAndBytesConfig:
@@ -156,8 +174,9 @@ def fingerprint(model: torch.nn.Module) -> str:
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         if ".lora_" not in name and "lora_magnitude" not in name:
-            flat = parameter.detach().reshape(-1)
-            sample = flat[:: max(1, len(flat) // 64)][:64].float().cpu()
+            with sharding.whole(parameter):
+                flat = parameter.detach().reshape(-1)
+                sample = flat[:: max(1, len(flat) // 64)][:64].float().cpu().clone()  # sharded weights are gone behind
             plain = name.replace(".base_layer", "").removeprefix("base_model.model.")
             digest.update(f"{plain}{tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from rlhfscale import allocator, llama, lora, models
+from rlhfscale import allocator, llama, lora, models, sharding
 from rlhfscale.models import CRITIC, POLICY
 
 REFERENCE = "reference"
@@ -58,7 +58,7 @@ def build(
     """The networks of a run.
 
     Args:
-        base: a causal language model in float32, bfloat16 or 4 bits; changed in place.
+        base: a causal language model in float32, bfloat16 or 4 bits, sharded or whole; changed in place.
         adapter: "lora", or "none" to train all weights.
         critic: where values are read: "trunk", a head on the policy's own trunk (one pass serves both); "separate", an
             adapter or a copy of its own; "none", no critic.
@@ -69,8 +69,8 @@ def build(
         seed: of the adapters' initialisation.
 
     Raises:
-        ValueError: an unknown choice; a 4-bit base with adapter "none"; targets that match no module; an output head
-            whose logits the model transforms further.
+        ValueError: an unknown choice; a 4-bit or sharded base with adapter "none"; targets that match no module; an
+            output head whose logits the model transforms further.
     """
     if critic not in CRITICS:
         raise ValueError(f"critic: {critic!r} is not one of {', '.join(CRITICS)}")
@@ -83,6 +83,8 @@ def build(
         allocator.keep_freed_memory()
     if adapter == "none" and models.is_quantised(base):
         raise ValueError("adapter: none trains all weights, which a 4-bit base cannot; use adapter: lora")
+    if adapter == "none" and sharding.is_sharded(base):
+        raise ValueError("adapter: none trains all weights, of which a sharded base holds a part; use adapter: lora")
     check_output_head(base)
     networks = (
         SharedBase(
@@ -280,7 +282,10 @@ class SharedBase(nn.Module):
 
     @torch.no_grad()
     def merged_policy(self) -> PreTrainedModel:
-        """A plain copy of the base with the policy adapter folded into its weights."""
+        """A plain copy of the base with the policy adapter folded into its weights. Raises ValueError for a sharded
+        base."""
+        if sharding.is_sharded(self.base):
+            raise ValueError("the base is sharded: save the adapter, and merge it into a base that is not")
         return copy.deepcopy(self.model).merge_and_unload(adapter_names=[POLICY]).eval()
 
     @contextlib.contextmanager

@@ -10,7 +10,7 @@ import threading
 
 from papermill.__main__ import papermill
 
-from rlhfscale.worker import exit_with
+from rlhfscale.team import exit_with
 
 
 def main() -> None:

@@ -1,4 +1,5 @@
-"""Training on several processes at once, each with a copy of the model (data parallelism).
+"""Training on several processes at once, each with a copy of the model (data parallelism) or a share of it (see
+`sharding`).
 
 Where ``torch.distributed`` is set up (``torchrun`` does it, see `start`), each process computes its share of every
 batch's sequences, in sampling, scoring and training. What they find for each token (log-probabilities, values, scores)
@@ -10,15 +11,19 @@ What is sent is a few numbers a token and the gradients of what is trained: with
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from functools import cache
 
 import torch
 import torch.distributed as dist
 
 
 def start(backend: str | None = None) -> None:
-    """Join the processes that ``torchrun`` started: gloo on CPUs, NCCL on GPUs. Nothing happens outside of it."""
+    """Join the processes that ``torchrun`` or ``accelerate launch`` started: gloo on CPUs, NCCL on GPUs, where each
+    process takes the GPU of its number on its machine. Nothing happens outside of them."""
     if "RANK" in os.environ and not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         dist.init_process_group(backend or ("nccl" if torch.cuda.is_available() else "gloo"))
 
 
@@ -36,6 +41,37 @@ def barrier() -> None:
     """Wait until all processes are here."""
     if size() > 1:
         dist.barrier()
+
+
+@cache
+def machine() -> dist.ProcessGroup:
+    """The processes of this machine. All processes must ask, and each machine must run as many.
+
+    Raises:
+        ValueError: they cannot: the number of all is no multiple of this machine's.
+    """
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", size()))
+    if size() % here:
+        raise ValueError(f"LOCAL_WORLD_SIZE: {here} processes here, {size()} in all; start as many on each machine")
+    return dist.group.WORLD if here == size() else dist.new_subgroups(here)[0]
+
+
+def most(count: int, device: torch.device) -> int:
+    """The largest of the processes' counts."""
+    if size() == 1:
+        return count
+    largest = torch.tensor(count, device=device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
+
+
+def in_turn() -> Iterator[None]:
+    """Yields once, when it is this process's turn on its machine; the next one's turn comes after the loop's body."""
+    group = machine() if size() > 1 else None
+    for turn in range(dist.get_world_size(group) if group else 1):
+        if group is None or turn == dist.get_rank(group):
+            yield
+        barrier()
 
 
 def own(count: int) -> torch.Tensor:

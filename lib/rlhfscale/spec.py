@@ -15,7 +15,8 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Needs(BaseModel):
-    """What a node asks of the machine it is made on: cores, GPUs, MiB of memory."""
+    """What a node asks of the machine it is made on: cores, GPUs, MiB of memory. More than one GPU are as many
+    processes, see `team`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -14,9 +14,11 @@ import threading
 import time
 import traceback
 from contextlib import suppress
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from rlhfscale import team
 from rlhfscale.allocator import keep_freed_memory
 from rlhfscale.spec import Spec
 from rlhfscale.store import Store, StoreError
@@ -33,6 +35,8 @@ def make(spec: Spec, store: Store) -> str:
                 make(parent, store)
         module, _, name = spec.runner.partition(":")
         run = getattr(importlib.import_module(module), name)
+        if spec.needs.gpus > 1:
+            run = partial(team.make, size=int(spec.needs.gpus))
         inputs = {parent.key: store.open(parent.key) for parent in spec.parents}
         with store.create(spec) as folder:
             run(spec, inputs, folder)
@@ -71,13 +75,6 @@ def serve(connection: Connection, store: Store) -> None:
         connection.send(attempt(connection.recv(), store))
 
 
-def exit_with(driver: int) -> None:
-    """End this process within a second of its driver's death, also in the middle of a long computation."""
-    while os.getppid() == driver:
-        time.sleep(0.5)
-    os._exit(1)
-
-
 def _terminate(*_: object) -> None:
     raise SystemExit(143)  # unwinds through Store.create, which deletes the half-made artifact
 
@@ -86,7 +83,7 @@ def main() -> None:
     faulthandler.enable()
     signal.signal(signal.SIGTERM, _terminate)
     descriptor, driver = int(sys.argv[1]), int(sys.argv[2])
-    threading.Thread(target=exit_with, args=(driver,), daemon=True).start()
+    threading.Thread(target=team.exit_with, args=(driver,), daemon=True).start()
     connection = Connection(descriptor)
     with suppress(EOFError, ConnectionError):  # the driver has closed its end: no more work
         serve(connection, Store(connection.recv()))

@@ -12,7 +12,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhfscale import llama, lm, models, packing, parallel
+from rlhfscale import llama, lm, models, packing, parallel, sharding
 from rlhfscale.rewards.base import Normalised, moments
 from rlhfscale.rewards.labelled import encode, nonempty
 from rlhfscale.sequences import Sequences
@@ -107,35 +107,37 @@ def read_head(
     Returns:
         float32 [position], row by row.
     """
-    if parallel.size() > 1:
-        return _of_all(states, head, sequences, where, tokens)
-    return _read_own(states, head, sequences, where, tokens)
-
-
-def _of_all(states, head: nn.Module, sequences: Sequences, where: np.ndarray, tokens: int) -> torch.Tensor:
-    """`read_head` on this process's share of the sequences, joined with what the other processes found."""
-    rows = parallel.own(len(sequences)).numpy()
-    share = sequences[rows]
-    read = _read_own(states, head, share, where[rows][:, : share.ids.shape[1]], tokens)
-    laid_out = read.new_zeros(where[rows].shape)
-    laid_out = laid_out.masked_scatter(torch.from_numpy(where[rows]).to(read.device), read)
-    return parallel.whole(laid_out, torch.from_numpy(rows), len(where))[torch.from_numpy(where).to(read.device)]
-
-
-def _read_own(states, head: nn.Module, sequences: Sequences, where: np.ndarray, tokens: int) -> torch.Tensor:
-    parameter = next(head.parameters())
-    ids = np.where(np.arange(sequences.ids.shape[1]) < sequences.lengths[:, None], sequences.ids, 0)
+    device = next(head.parameters()).device
     number = where.cumsum().reshape(where.shape) - 1
     scores, numbers = [], []
-    for rows in micro_batches(sequences, tokens):
+    # the same parts on every process, each of which computes its share of each: a sharded model asks for that
+    for rows in micro_batches(sequences, tokens * parallel.size()):
         width = int(sequences.lengths[rows].max())
-        chosen = where[rows, :width]
-        given = ids[rows, :width], chosen, sequences.prompt_lengths[rows], sequences.lengths[rows]
-        found = states(*(torch.from_numpy(x).to(parameter.device) for x in given))
-        scores.append(head(found.to(parameter.device, parameter.dtype)).squeeze(-1).float())
-        numbers.append(number[rows, :width][chosen])
+        scores.append(_of_all(states, head, sequences[rows], where[rows, :width]))
+        numbers.append(number[rows, :width][where[rows, :width]])
     back = torch.from_numpy(np.argsort(np.concatenate(numbers)))
-    return torch.cat(scores)[back.to(parameter.device)]
+    return torch.cat(scores)[back.to(device)]
+
+
+def _of_all(states, head: nn.Module, sequences: Sequences, where: np.ndarray) -> torch.Tensor:
+    """float32 [position] of sequences that are computed together: this process's share of them, joined with what the
+    other processes found."""
+    rows = parallel.own(len(sequences))
+    read = _read_own(states, head, sequences[rows.numpy()], where[rows])
+    if parallel.size() == 1:
+        return read
+    own, all_ = (torch.from_numpy(x).to(read.device) for x in (where[rows], where))
+    laid_out = read.new_zeros(own.shape).masked_scatter(own, read)
+    return parallel.whole(laid_out, rows, len(where))[all_]
+
+
+def _read_own(states, head: nn.Module, sequences: Sequences, where: np.ndarray) -> torch.Tensor:
+    parameter = next(head.parameters())
+    width = int(sequences.lengths.max())
+    ids = np.where(np.arange(width) < sequences.lengths[:, None], sequences.ids[:, :width], 0)
+    given = ids, where[:, :width], sequences.prompt_lengths, sequences.lengths
+    found = states(*(torch.from_numpy(x).to(parameter.device) for x in given))
+    return head(found.to(parameter.device, parameter.dtype)).squeeze(-1).float()
 
 
 def distinct(sequences: Sequences) -> tuple[np.ndarray, np.ndarray]:
@@ -174,6 +176,8 @@ def prepare(model: Scored, lora_rank: int, merge: bool, rng: np.random.Generator
             model = get_peft_model(model, config)
     elif models.is_quantised(model):
         raise ValueError("lora_rank: 0, but a quantised model cannot be trained without adapters")
+    elif sharding.is_sharded(model):
+        raise ValueError("lora_rank: 0, but a sharded model cannot be trained without adapters")
     else:
         model.requires_grad_(True)
     return model.train()
@@ -235,6 +239,8 @@ def fit(
 def _check_merge(model: Scored) -> None:
     if models.is_quantised(model):
         raise ValueError("merge: adapters folded into quantised weights are rounded away; give merge=False")
+    if sharding.is_sharded(model):
+        raise ValueError("merge: no process holds all weights of a sharded model; give merge=False")
 
 
 def finish(model: Scored, merge: bool) -> Scored:
@@ -317,6 +323,8 @@ class Scorer:
             model = finish(copy.deepcopy(model), merge)
         if isinstance(model, PeftModel):
             _save_adapter(model, folder)
+        elif sharding.is_sharded(model):
+            raise ValueError("model: no process holds all weights of a sharded model; only adapters on it are saved")
         else:
             model.save_pretrained(folder)
         if self.tokenizer is not None:

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from rlhfscale import sharding
+
 CHUNK = 2**22
 """Logits held at a time; 16 MiB in float32."""
 
@@ -39,8 +41,9 @@ def token_logprobs(
         logprobs and entropy in nats, both float32 [token]. Differentiable; the entropy by `with_entropy_gradient` only.
     """
     if type(head) is nn.Linear and not head.weight.requires_grad:
-        return FrozenHead.apply(hidden, head.weight, head.bias, tokens, temperature)
-    return _chunked(_plain, hidden, head, tokens, temperature)
+        with sharding.whole(head.weight):
+            return FrozenHead.apply(hidden, head.weight, head.bias, tokens, temperature)
+    return with_entropy_gradient(hidden, head, tokens, temperature)
 
 
 def with_entropy_gradient(
@@ -48,7 +51,7 @@ def with_entropy_gradient(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `token_logprobs`, with an entropy that can be differentiated; logits are computed again in the backward
     pass."""
-    return _chunked(_plain, hidden, head, tokens, temperature)
+    return sharding.call(head.weight, _chunked, _plain, hidden, head, tokens, temperature)
 
 
 def _rows(vocabulary: int) -> int:

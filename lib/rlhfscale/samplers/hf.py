@@ -1,18 +1,20 @@
 """The in-process sampler: a batched decoding loop over a transformers model with its key-value cache.
 
 A prompt that is given several times is read once. A Llama on a CPU is decoded by `llama`, several times as fast.
+Where processes hold shares of the model, they take as many steps as the one with the most.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
-from rlhfscale import llama
+from rlhfscale import llama, parallel, sharding
 from rlhfscale.samplers.base import Completions, check, end_tokens, uniforms
 
 
@@ -50,10 +52,24 @@ def sample(
     out = Completions.empty(seeds, max_new_tokens, temperature, pad)
     make, stop = _decoders(model), () if ignore_eos else end_tokens(eos)
     order = np.argsort(lengths, kind="stable")
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        _decode(make, model.device, [prompts[row] for row in rows], rows, out, pad, stop)
+    together = isinstance(model, nn.Module) and sharding.is_sharded(model)
+    for rows in _batches(order, batch_size, together, model.device):
+        _decode(make, model.device, [prompts[row] for row in rows], rows, out, pad, stop, together)
     return out
+
+
+def _batches(order: np.ndarray, size: int, together: bool, device: torch.device) -> Iterator[np.ndarray]:
+    """The requests that are decoded together; with ``together``, as many batches on every process.
+
+    Raises ValueError for fewer requests than batches: there is nothing to decode with the other processes then.
+    """
+    if not together:
+        yield from (order[start : start + size] for start in range(0, len(order), size))
+        return
+    count = parallel.most(-(-len(order) // size), device)
+    if len(order) < count:
+        raise ValueError(f"batch_size: {size} makes {count} batches elsewhere, of {len(order)} requests here")
+    yield from np.array_split(order, count)
 
 
 def _decoders(model: Any) -> Callable[[int], Any]:
@@ -73,11 +89,13 @@ def _decode(
     out: Completions,
     pad: int,
     eos: tuple[int, ...],
+    together: bool,
 ) -> None:
     """Decode the requests ``rows`` into ``out``; requests that have ended leave the batch once they are half of it.
 
     Args:
         make: a decoder with room for a number of positions (see `TransformersDecoder`).
+        together: go on until no process has requests left.
     """
     index: dict[tuple[int, ...], int] = {}
     copies = torch.tensor([index.setdefault(tuple(prompt), len(index)) for prompt in prompts], device=device)
@@ -98,9 +116,10 @@ def _decode(
         out.lengths[active] += ~out.finished[active]
         out.finished[active] |= np.isin(token, eos)
         going = ~out.finished[active]
-        if not going.any():
+        left = int(going.sum())
+        if not (parallel.most(left, device) if together else left):
             return
-        if going.mean() < 0.5:
+        if 0 < left < 0.5 * len(going):
             keep = torch.from_numpy(np.flatnonzero(going)).to(device)
             decoder.keep(keep)
             active, token, mask, position = active[going], token[going], mask[keep], position[keep]
