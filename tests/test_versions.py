@@ -134,6 +134,7 @@ def test_the_list_of_modules_is_complete(stage):
         "spec",
         "specs",
         "allocator",
+        "shapes",
     }
     if stage == "mt_bench":  # other benchmarks, intervals, and judges that it does not take
         harmless |= {f"evals/{name}" for name in ("__init__", "alpaca_eval", "arena_hard", "verifiers")}
