@@ -17,10 +17,11 @@ RECORD = Path(__file__).with_name("code_versions.json")
 
 TASKS = ("tasks/__init__", "tasks/base", "tasks/lists", "tasks/registers", "ladder")
 DOCUMENTS = (*TASKS, "data/demonstrations", "data/documents")
-TRAINING = (*DOCUMENTS, "models", "lora", "packing", "llama", "parallel", "lm", "optim")
-SAMPLING = (*DOCUMENTS, "models", "lora", "packing", "llama", "samplers/base", "samplers/hf", "data/responses")
+MODELS = ("parallel", "sharding", "models")
+TRAINING = (*DOCUMENTS, *MODELS, "lora", "packing", "llama", "lm", "optim")
+SAMPLING = (*DOCUMENTS, *MODELS, "lora", "packing", "llama", "samplers/base", "samplers/hf", "data/responses")
 REWARD = (
-    *SAMPLING, "parallel", "lm", "optim", "sequences", "rewards/base", "rewards/losses", "rewards/labelled",
+    *SAMPLING, "lm", "optim", "sequences", "rewards/base", "rewards/losses", "rewards/labelled",
     "rewards/metrics", "rewards/scorer", "rewards/outcome",
 )  # fmt: skip
 TRAINERS = tuple(
@@ -31,7 +32,7 @@ TRAINERS = tuple(
 EVALS = tuple(f"evals/{name}" for name in ("benchmarks", "evaluate", "judge", "mt_bench", "revisions", "sources"))
 ANSWERS = ("data/answers", "tasks/reasoning", "smollm2", "networks")
 LANGUAGE = {
-    "chat": (*TASKS, "checkpoints", "models", "smollm2"),
+    "chat": (*TASKS, "checkpoints", *MODELS, "smollm2"),
     "answers": (*REWARD, *ANSWERS),
     "tuned": (*REWARD, *ANSWERS, "finetune", "rl/learner", "rl/logprobs"),
     "answer_reward": (*REWARD, *ANSWERS, "rewards/shared"),

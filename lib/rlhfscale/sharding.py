@@ -12,7 +12,8 @@ LoRA layers in their backward pass, log-probabilities, fingerprints) would lose 
 need further hooks, and the scales of 4-bit weights, up to a quarter of a share among eight, would stay whole.
 
 All processes of a machine must compute the same layers in the same order, or each waits for the other. The trainers,
-the in-process sampler and the reward models see to that; what only one process calls must not compute the base.
+the in-process sampler and the reward models see to that; what only one process calls must not compute the base. A
+step of decoding gathers the whole base for one token of each response, so batches should be as large as memory allows.
 """
 
 import os

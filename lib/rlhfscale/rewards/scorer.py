@@ -110,7 +110,7 @@ def read_head(
     device = next(head.parameters()).device
     number = where.cumsum().reshape(where.shape) - 1
     scores, numbers = [], []
-    # the same parts on every process, each of which computes its share of each: a sharded model asks for that
+    # every process computes its share of the same parts, as a sharded model needs (see `sharding`)
     for rows in micro_batches(sequences, tokens * parallel.size()):
         width = int(sequences.lengths[rows].max())
         scores.append(_of_all(states, head, sequences[rows], where[rows, :width]))
@@ -122,13 +122,13 @@ def read_head(
 def _of_all(states, head: nn.Module, sequences: Sequences, where: np.ndarray) -> torch.Tensor:
     """float32 [position] of sequences that are computed together: this process's share of them, joined with what the
     other processes found."""
-    rows = parallel.own(len(sequences))
-    read = _read_own(states, head, sequences[rows.numpy()], where[rows])
     if parallel.size() == 1:
-        return read
-    own, all_ = (torch.from_numpy(x).to(read.device) for x in (where[rows], where))
+        return _read_own(states, head, sequences, where)
+    rows = parallel.own(len(sequences)).numpy()
+    read = _read_own(states, head, sequences[rows], where[rows])
+    own, every = (torch.from_numpy(x).to(read.device) for x in (where[rows], where))
     laid_out = read.new_zeros(own.shape).masked_scatter(own, read)
-    return parallel.whole(laid_out, rows, len(where))[all_]
+    return parallel.whole(laid_out, torch.from_numpy(rows), len(where))[every]
 
 
 def _read_own(states, head: nn.Module, sequences: Sequences, where: np.ndarray) -> torch.Tensor:
