@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -112,6 +113,20 @@ def test_run_makes_the_figures_and_again_from_the_cache(project):
     assert "92_other" not in again.output and time.monotonic() - start < 30
 
 
+def test_a_store_at_a_url_gives_another_machine_the_same_tables_without_compute(project, monkeypatch):
+    options = ["run", "--tier", "smoke", "--figure", "91", "--store", f"file://{project}/far"]
+    folder = project / "results" / "smoke" / "91_toy"
+    for machine, line in (("a", "5 artifacts to make, 0 cached"), ("b", "0 artifacts to make, 2 cached")):
+        monkeypatch.setenv("RLHFSCALE_CACHE", str(project / machine))
+        done = call(*options)
+        assert done.exit_code == 0 and line in done.output, done.output + done.stderr
+        assert (folder / "runs.csv").read_text() == "value\n9\n10\n"
+        assert str(project) not in (folder / "notebook.ipynb").read_text()
+        shutil.rmtree(folder)
+    assert "5" in call("status", "--store", f"file://{project}/far").output
+    assert not (project / ".store").exists()
+
+
 def test_a_failed_figure_is_reported_and_the_other_one_lands(project):
     (project / "params" / "smoke" / "91_toy.yaml").write_text("mood: raise\nseeds: [5]\n")
     write_notebook(project / "notebooks" / "92_other.ipynb", PARAMETERS, "raise RuntimeError('no plot')")
@@ -135,13 +150,15 @@ def test_a_failed_figure_is_reported_and_the_other_one_lands(project):
         (["plan"], "seeds: []", "params/smoke/91_toy.yaml: seeds: list must not be empty"),
         (["run"], "best_of: 2.5", "params/smoke/91_toy.yaml: best_of: "),
         (["run", "--store", "pyproject.toml"], None, "the folder is not writable"),
+        (["run", "--store", "s3://id:pass@bucket/x"], None, "store s3://...: it holds a password; leave it out"),
+        (["status", "--store", "nothing://bucket"], None, "store nothing://bucket: cannot open it"),
         (["claims"], None, "no verdicts yet"),
     ],
 )
 def test_bad_input_is_one_line_on_standard_error_and_exit_2(project, arguments, change, message):
     if change:
         (project / "params" / "smoke" / "91_toy.yaml").write_text(change)
-    done = call(*arguments, *(() if "--tier" in arguments else ("--tier", "smoke")))
+    done = call(*arguments, *(() if {"--tier", "status"} & {*arguments} else ("--tier", "smoke")))
     assert done.exit_code == 2
     assert message in done.stderr and done.stderr.count("\n") == 1
     assert not (project / ".store").exists() and not (project / "results").exists()

@@ -24,7 +24,7 @@ def test_without_ray_the_error_says_how_to_install_it(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def cluster():
+def cluster(tmp_path_factory):
     pytest.importorskip("ray", reason="Ray is not installed: make setup EXTRAS=ray")
     from ray.cluster_utils import Cluster
 
@@ -32,8 +32,8 @@ def cluster():
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = path
     found = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    for _ in range(2):
-        found.add_node(num_cpus=1)
+    for _ in range(2):  # each with a cache of its own, for stores at a URL
+        found.add_node(num_cpus=1, env_vars={"RLHFSCALE_CACHE": str(tmp_path_factory.mktemp("cache"))})
     yield found
     import ray
 
@@ -106,6 +106,29 @@ def test_a_store_that_a_machine_cannot_see_is_refused(cluster, tmp_path, monkeyp
     with pytest.raises(RayError, match=f"cannot see the store {tmp_path}"):
         run([Number(value=1)], Store(tmp_path), ray=cluster.address)
     assert not list(tmp_path.glob(".probe*"))
+
+
+def test_machines_that_share_nothing_but_a_url(cluster, tmp_path, tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("RLHFSCALE_CACHE", str(tmp_path / "driver"))
+    store = Store(f"file://{tmp_path}/far")
+    numbers = [Number(value=value, sleep_s=0.5) for value in range(6)]
+    pairs = tuple(Total(parts=(a, b)) for a, b in itertools.pairwise(numbers))
+    top = Total(parts=pairs)
+    assert read(run([top], store, ray=cluster.address)[top]) == 25
+    here = [path.name for path in store.root.glob("*/*-*") if path.is_dir()]
+    assert here == [top.key]  # the driver has what it asked for
+    caches = [cache for cache in tmp_path_factory.getbasetemp().glob("cache[0-9]") if list(cache.glob("number/*"))]
+    assert len(caches) == 2
+    assert len(list(store.artifacts())) == 12
+
+
+def test_a_machine_that_cannot_use_the_url_is_named(cluster, tmp_path, monkeypatch):
+    from rlhfscale import ray_pool
+
+    monkeypatch.setenv("RLHFSCALE_CACHE", str(tmp_path / "driver"))
+    monkeypatch.setattr(ray_pool, "_cannot_write", lambda location: f"store {location}: no credentials")
+    with pytest.raises(RayError, match=f"--ray: .+: store file://{tmp_path}/far: no credentials"):
+        run([Number(value=1)], Store(f"file://{tmp_path}/far"), ray=cluster.address)
 
 
 def test_an_address_without_a_cluster_is_an_error_in_words(tmp_path):

@@ -27,7 +27,7 @@ from rlhfscale.spec import key_of
 MANIFEST = "manifest.json"
 PAUSES_S = (1.0, 4.0)
 """Between attempts of a request, each of which the file system may repeat by itself (s3fs: for 8 seconds)."""
-LISTING_S = 60.0
+LISTING_S = 10.0
 """How long a listing of a stage is good for."""
 AT_ONCE = 16
 """Requests or transfers at the same time."""
@@ -104,7 +104,8 @@ class Remote:
         return key not in self._damaged and key in self._listed(key.rpartition("-")[0])
 
     def keys(self) -> list[str]:
-        """Every artifact, by stage and key."""
+        """Every artifact that is there now, by stage and key."""
+        self._listings.clear()
         stages = {path.rstrip("/").rpartition("/")[2] for path in self._ls(self._base)}
         return [key for stage in sorted(stages) for key in sorted(self._listed(stage))]
 
