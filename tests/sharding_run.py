@@ -18,6 +18,7 @@ from parallel_run import demonstrations, keep
 from rlhfscale import models, networks, parallel, sharding
 from rlhfscale.finetune import finetune
 from rlhfscale.rewards import OutcomeRewardModel, outcome, process, scorer
+from rlhfscale.rewards.shared import SharedReward
 from rlhfscale.rl import GRPO, PPO
 from rlhfscale.samplers import hf, request_seeds
 from test_process import STEP_IDS
@@ -61,6 +62,11 @@ def policy(base, algorithm=PPO, *, folder: Path | None = None, **options) -> tup
     return trained(run.networks), records[["proxy", "kl_nats"]].to_numpy().tolist()
 
 
+def shared_reward(folder: Path) -> SharedReward:
+    parallel.barrier()  # until the first process has written it
+    return SharedReward(folder)
+
+
 def trained(model) -> dict:
     return {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
 
@@ -85,6 +91,7 @@ def runs(base: Path, dtype: str, saved: Path) -> dict[str, Callable[[], tuple[di
                 scored(), process.train, planted_steps(40, 0), responses_per_batch=7, step_ids=STEP_IDS
             ),
             "ppo-bonus": lambda: policy(load(base, dtype), entropy_coefficient=0.01, max_tokens_per_pass=100),
+            "ppo-shared-reward": lambda: policy(load(base, dtype), reward=shared_reward(saved / f"outcome-{dtype}")),
             "grpo": lambda: policy(load(base, dtype), GRPO, responses_per_prompt=4),
         }
     return made

@@ -24,7 +24,7 @@ CONFIGS = Path(__file__).parents[1] / "params" / "accelerate"
 HAS_NF4 = importlib.util.find_spec("bitsandbytes") is not None
 NF4 = pytest.mark.skipif(not HAS_NF4, reason="NF4 needs bitsandbytes: make setup EXTRAS=qlora")
 RUNS = {
-    "fp32": ["sft", "outcome", "process", "ppo", "ppo-separate", "ppo-bonus", "grpo"],
+    "fp32": ["sft", "outcome", "process", "ppo", "ppo-separate", "ppo-bonus", "ppo-shared-reward", "grpo"],
     "nf4": ["sft", "outcome", "ppo", "ppo-separate"],
 }
 DTYPES = [pytest.param("nf4", marks=NF4) if dtype == "nf4" else dtype for dtype in ("fp32", "bf16", "nf4")]
