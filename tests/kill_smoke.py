@@ -82,14 +82,14 @@ def undisturbed(folder: Path, figures: list[str]) -> tuple[float, float]:
 def kill_again_and_again(folder: Path, arguments: argparse.Namespace, whole_s: float, first_s: float, num: int) -> dict:
     """Runs that continue one another, each killed at a random moment; together they should get through all the work."""
     rng, points, processes, finished = random.Random(arguments.seed), [], 0, 0
-    for left in range(arguments.kills, 0, -1):
+    while left := arguments.kills - len(points):
         share_s = whole_s * (1 - num_artifacts(folder) / num) / left
-        moment, mark = rng.uniform(0, 2 * (first_s + max(share_s, first_s))), uuid.uuid4().hex
+        moment, mark = rng.uniform(0, 2 * (first_s + share_s)) / 2**finished, uuid.uuid4().hex
         run = start(folder, arguments.figure, mark)
         try:
             run.wait(moment)
             assert run.returncode == 0, "a run that nobody killed failed"
-            finished += 1
+            finished += 1  # before its moment: the next ones are killed sooner
         except subprocess.TimeoutExpired:
             processes += (count := kill_all(mark))
             run.wait()

@@ -26,7 +26,7 @@ from rlhfscale.store import Store, StoreError
 
 def make(spec: Spec, store: Store) -> str:
     """Make one artifact under its lock; ``"done"``, or ``"cached"`` where another process has made it meanwhile."""
-    with store.lock(spec.key):
+    with store.writing(), store.lock(spec.key):
         if store.verify(spec.key):
             store.share([spec.key])
             return "cached"
@@ -50,7 +50,7 @@ def attempt(spec: Spec, store: Store) -> tuple[str, float, str, str]:
     try:
         with store.writing():
             _print_to(store.root / "logs" / f"{spec.key}.log")
-            status = make(spec, store)
+        status = make(spec, store)
     except StoreError as error:
         status, message, trace = "store", str(error), traceback.format_exc()
     except Exception as error:
