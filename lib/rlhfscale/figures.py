@@ -6,25 +6,35 @@ from typing import ClassVar, Self
 
 from pydantic import model_validator
 
-from rlhfscale import ladder, specs
+from rlhfscale import roles, specs
 from rlhfscale.evals import revisions, sources
+from rlhfscale.language_recipe import CheckpointRecipe
 from rlhfscale.params import FigureParams, field
 from rlhfscale.recipe import Recipe
 from rlhfscale.spec import Spec
 
 
 class RecipeFigure(FigureParams):
-    """What all figures share: the recipe."""
+    """What all figures share: the recipe.
+
+    Class attributes:
+        from_scratch: what it needs that a ladder of published checkpoints does not have; empty for figures that can be
+            made on either ladder.
+    """
+
+    from_scratch: ClassVar[str] = ""
 
     recipe: str = field(role="fixed", doc="tier whose recipe.yaml holds every setting that is not varied here")
 
     @model_validator(mode="after")
     def _check_recipe(self) -> Self:
-        Recipe.load(self.recipe)
+        recipe = Recipe.load(self.recipe)
+        if self.from_scratch and isinstance(recipe, CheckpointRecipe):
+            raise ValueError(f"recipe: {self.recipe!r} is a ladder of published checkpoints; {self.from_scratch}")
         return self
 
     @property
-    def settings(self) -> Recipe:
+    def settings(self) -> Recipe | CheckpointRecipe:
         return Recipe.load(self.recipe)
 
 
@@ -40,16 +50,6 @@ class StudyFigure(RecipeFigure):
         if len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
             raise ValueError(f"seeds: {list(self.seeds)} must be different and not negative")
         return self
-
-
-def check_rungs(name: str, rungs: tuple[str, ...]) -> None:
-    for rung in rungs:
-        try:
-            ladder.rung(rung)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-    if len(set(rungs)) < len(rungs):
-        raise ValueError(f"{name}: {list(rungs)} names a rung twice")
 
 
 class BestOfN(StudyFigure):
@@ -68,8 +68,8 @@ class BestOfN(StudyFigure):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        check_rungs("policy_rung", (self.policy_rung,))
-        check_rungs("reward_model_rungs", self.reward_model_rungs)
+        self.settings.check_rungs("policy_rung", (self.policy_rung,))
+        self.settings.check_rungs("reward_model_rungs", self.reward_model_rungs)
         if self.reference_rung not in self.reward_model_rungs:
             raise ValueError(f"reference_rung: {self.reference_rung!r} is not among reward_model_rungs")
         if len(set(self.best_of)) < len(self.best_of):
@@ -90,14 +90,15 @@ class BestOfN(StudyFigure):
         return 1, 8, max(self.best_of) // 8, max(self.best_of)
 
     @property
-    def samples(self) -> specs.Samples:
+    def samples(self) -> roles.Samples:
         return self.settings.many_samples(self.policy_rung, self.num_prompts, self.num_samples)
 
-    def scores(self, rung: str, seed: int) -> specs.Scores:
-        return specs.Scores(samples=self.samples, reward_model=self.settings.reward_model(rung, seed))
+    def scores(self, rung: str, seed: int) -> roles.Scores:
+        return self.settings.scores(self.samples, self.settings.reward_model(rung, seed))
 
     def specs(self) -> tuple[Spec, ...]:
-        return (self.samples, *(self.scores(rung, seed) for rung in self.reward_model_rungs for seed in self.seeds))
+        scores = [self.scores(rung, seed) for rung in self.reward_model_rungs for seed in self.seeds]
+        return self.samples, self.samples.model, *scores  # a language model's votes are read with its tokenizer
 
 
 class PolicySize(StudyFigure):
@@ -114,23 +115,23 @@ class PolicySize(StudyFigure):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        check_rungs("policy_rungs", self.policy_rungs)
-        check_rungs("reward_model_rung", (self.reward_model_rung,))
-        check_rungs("other_rungs", self.other_rungs)
+        self.settings.check_rungs("policy_rungs", self.policy_rungs)
+        self.settings.check_rungs("reward_model_rung", (self.reward_model_rung,))
+        self.settings.check_rungs("other_rungs", self.other_rungs)
         if self.reward_model_rung in self.other_rungs:
             raise ValueError(f"other_rungs: {self.reward_model_rung} is the reward_model_rung already")
         if self.other_rungs and (len(set(self.other_seeds)) < 2 or not set(self.other_seeds) <= set(self.seeds)):
             raise ValueError(f"other_seeds: {list(self.other_seeds)} must be at least 2 of seeds {list(self.seeds)}")
         return self
 
-    def policy(self, rung: str, seed: int, reward_model_rung: str | None = None) -> specs.Policy:
+    def policy(self, rung: str, seed: int, reward_model_rung: str | None = None) -> roles.Policy:
         return self.settings.policy(rung, reward_model_rung or self.reward_model_rung, seed)
 
-    def other(self, reward_model_rung: str, rung: str, seed: int) -> specs.Samples:
+    def other(self, reward_model_rung: str, rung: str, seed: int) -> roles.Samples:
         """Sampled responses of a policy that was trained against another reward model."""
         return self.settings.evaluation(self.policy(rung, seed, reward_model_rung), seed)
 
-    def evaluations(self, stage: str, rung: str, seed: int) -> tuple[specs.Samples, specs.Samples]:
+    def evaluations(self, stage: str, rung: str, seed: int) -> tuple[roles.Samples, roles.Samples]:
         """Sampled and greedy responses before (``sft``) or after (``ppo``) training."""
         model = self.policy(rung, seed) if stage == "ppo" else self.settings.sft(rung)
         return self.settings.evaluation(model, seed), self.settings.evaluation(model, seed, greedy=True)
@@ -153,6 +154,7 @@ class TestBed(StudyFigure):
 
     __test__: ClassVar[bool] = False  # not a pytest class
     figure: ClassVar[str] = "00_test_bed"
+    from_scratch: ClassVar[str] = "00_test_bed measures how its rungs were pretrained"
     title: ClassVar[str] = "The laptop bed: what the ladder and the reward models can do"
 
     policy_rungs: tuple[str, ...] = field(role="scientific", min_length=4, doc="rungs of the ladder; a law needs four")
@@ -167,9 +169,9 @@ class TestBed(StudyFigure):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        check_rungs("policy_rungs", self.policy_rungs)
-        check_rungs("reward_model_rungs", self.reward_model_rungs)
-        check_rungs("gain_rungs", self.gain_rungs)
+        self.settings.check_rungs("policy_rungs", self.policy_rungs)
+        self.settings.check_rungs("reward_model_rungs", self.reward_model_rungs)
+        self.settings.check_rungs("gain_rungs", self.gain_rungs)
         if self.data_rung not in self.reward_model_rungs:
             raise ValueError(f"data_rung: {self.data_rung!r} is not among reward_model_rungs")
         limit = self.settings.reward_prompts
@@ -193,7 +195,7 @@ class TestBed(StudyFigure):
         """Eight responses of the data rung's SFT model to each held-out prompt, scored by its reward model."""
         recipe = self.settings
         samples = recipe.evaluation(recipe.sft(self.data_rung), seed).changed(num_samples=8)
-        return samples, specs.Scores(samples=samples, reward_model=recipe.reward_model(self.data_rung, seed))
+        return samples, recipe.scores(samples, recipe.reward_model(self.data_rung, seed))
 
     def gains(self) -> PolicySize:
         """The policies of the gain condition, as the figure of C1 describes them."""
@@ -223,6 +225,7 @@ class Walkthrough(RecipeFigure):
     """
 
     figure: ClassVar[str] = "00_walkthrough"
+    from_scratch: ClassVar[str] = "00_walkthrough pretrains a rung of its own"
     title: ClassVar[str] = "PPO by hand, then live"
     families: ClassVar[tuple[str, ...]] = ("registers",)
     bed_seed: ClassVar[int] = 1
@@ -244,7 +247,7 @@ class Walkthrough(RecipeFigure):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        check_rungs("rung", (self.rung,))
+        self.settings.check_rungs("rung", (self.rung,))
         return self
 
     @property

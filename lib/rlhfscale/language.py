@@ -1,37 +1,46 @@
-"""Specs of the study on a pretrained language model: what each stage makes, from which parents.
+"""Specs of the study on published language models: what each stage makes, from which parents.
 
     Chat -> Answers -> Tuned -> Answers -> AnswerReward -> Aligned -> Answers (of any model) -> AnswerScores
 
-Nothing here imports torch.
+The models of a node need not be of one checkpoint: a reward model learns from other models' answers, and scores those
+of a policy of another size. Nothing here imports torch.
 """
 
-from typing import Annotated, ClassVar, Literal
+import math
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from rlhfscale.checkpoints import CHECKPOINTS, checkpoint
-from rlhfscale.spec import Spec
+from rlhfscale.spec import Needs, Spec
+from rlhfscale.specs import Algorithm
 from rlhfscale.tasks.reasoning import TASKS
 
 Precision = Literal["bf16", "nf4"]
 Positive = Annotated[int, Field(ge=1)]
-RATE = 1.5e11
-"""Rough FLOP/s of one CPU thread in bfloat16, for plans only."""
+RATE, GPU_RATE = 1.5e11, 1.0e14
+"""Rough FLOP/s of one CPU thread in bfloat16, and of one GPU, for plans only."""
 PROMPT_TOKENS, RESPONSE_TOKENS = 46, 3
 """Rough lengths of a conversation and of a tuned model's answer, for plans only."""
-
-
-def _seconds(checkpoint_name: str, tokens: float) -> float:
-    return 2.0 * CHECKPOINTS[checkpoint_name].num_params * tokens / RATE
+CARD_BYTES = 80e9
+"""Memory of the GPUs that are asked for."""
+WEIGHT_BYTES = {"bf16": 2.0, "nf4": 0.6}
+"""Of a parameter; in 4 bits with the embeddings, which stay in 16."""
 
 
 class Chat(Spec):
-    """A published chat model in bfloat16. Raises ValueError for a checkpoint that is not in `checkpoints`."""
+    """A published chat model in bfloat16. Raises ValueError for a checkpoint that is not in `checkpoints`.
+
+    Its precision is that in which all that is made of it loads it, on GPUs where there are some. None stands for a
+    CPU: bfloat16, and for fine-tuning float32 that is computed in bfloat16.
+    """
 
     stage: ClassVar[str] = "chat"
     runner: ClassVar[str] = "rlhfscale.language_stages:chat"
+    added: ClassVar[tuple[str, ...]] = ("precision",)
 
     checkpoint: str
+    precision: Precision | None = None
 
     @model_validator(mode="after")
     def _known(self) -> "Chat":
@@ -39,16 +48,49 @@ class Chat(Spec):
         return self
 
     @property
+    def chat(self) -> "Chat":
+        return self
+
+    @property
+    def saved(self) -> Spec:
+        """The spec whose folder holds weights and tokenizer."""
+        return self
+
+    @property
+    def num_params(self) -> float:
+        return CHECKPOINTS[self.checkpoint].num_params
+
+    def seconds(self, tokens: float) -> float:
+        """Rough seconds of reading so many tokens."""
+        return 2.0 * self.num_params * tokens / (RATE if self.precision is None else GPU_RATE)
+
+    @property
     def cost_s(self) -> float:
         return 8.0
+
+    @property
+    def needs(self) -> Needs:
+        return _needs(self).model_copy(update={"gpus": 0.0})
 
     @property
     def title(self) -> str:
         return self.checkpoint
 
 
+def _needs(*chats: Chat) -> Needs:
+    """What holding these models takes: coarse, with room for adapters, activations and caches.
+
+    Weights go through the machine's memory one model at a time, in bfloat16.
+    """
+    largest = max(chat.num_params for chat in chats)
+    if chats[0].precision is None:
+        return Needs(memory_mib=2048 + int(8 * sum(chat.num_params for chat in chats) / 2**20))
+    weights = sum(WEIGHT_BYTES[chat.precision or "bf16"] * chat.num_params for chat in chats)
+    return Needs(gpus=math.ceil(1.3 * weights / CARD_BYTES), memory_mib=8192 + int(2.2 * largest / 2**20))
+
+
 class Answers(Spec):
-    """A model's graded responses to questions of each task. With temperature 0: greedy."""
+    """A model's graded responses to ``num_prompts`` questions of each task. With temperature 0: greedy."""
 
     stage: ClassVar[str] = "answers"
     runner: ClassVar[str] = "rlhfscale.language_stages:answers"
@@ -73,13 +115,17 @@ class Answers(Spec):
 
     @property
     def also_read(self) -> tuple[Spec, ...]:
-        return (self.model.base,) if isinstance(self.model, Aligned) else ()
+        return (self.model.saved,)
 
     @property
     def cost_s(self) -> float:
         questions = len(self.tasks) * self.num_prompts
         tokens = questions * (PROMPT_TOKENS + self.num_samples * 0.6 * self.max_new_tokens)
-        return 4 + 2 * _seconds(self.model.checkpoint, tokens)
+        return 4 + 2 * self.model.chat.seconds(tokens)
+
+    @property
+    def needs(self) -> Needs:
+        return _needs(self.model.chat)
 
     @property
     def title(self) -> str:
@@ -103,13 +149,26 @@ class Tuned(Spec):
     seed: int = Field(ge=0)
 
     @property
+    def chat(self) -> Chat:
+        return self.base
+
+    @property
+    def saved(self) -> Spec:
+        """The spec whose folder holds weights and tokenizer."""
+        return self
+
+    @property
     def checkpoint(self) -> str:
         return self.base.checkpoint
 
     @property
     def cost_s(self) -> float:
         accepted = 0.4 * len(self.data.tasks) * self.data.num_prompts
-        return 10 + 4 * _seconds(self.checkpoint, self.epochs * accepted * (PROMPT_TOKENS + RESPONSE_TOKENS))
+        return 10 + 4 * self.chat.seconds(self.epochs * accepted * (PROMPT_TOKENS + RESPONSE_TOKENS))
+
+    @property
+    def needs(self) -> Needs:
+        return _needs(self.chat)
 
     @property
     def title(self) -> str:
@@ -117,35 +176,74 @@ class Tuned(Spec):
 
 
 class AnswerReward(Spec):
-    """An outcome reward model on the tuned model's own trunk, from comparisons of its right and wrong answers."""
+    """An outcome reward model, adapters on a tuned model's trunk, from comparisons of right and wrong answers.
+
+    The answers of ``data`` may be of other checkpoints: then their text is read. Of each of them the first
+    ``num_prompts`` questions of every task are learnt from, or all.
+    """
 
     stage: ClassVar[str] = "answer_reward"
     runner: ClassVar[str] = "rlhfscale.language_stages:answer_reward"
+    added: ClassVar[tuple[str, ...]] = ("num_prompts",)
 
     base: Tuned
-    data: Answers
-    held_out: Answers
+    data: tuple[Answers, ...] = Field(min_length=1)
+    held_out: tuple[Answers, ...] = Field(min_length=1)
     epochs: Positive
     prompts_per_batch: Positive
     lr: float = Field(gt=0)
     lora_rank: Positive
     seed: int = Field(ge=0)
+    num_prompts: Positive | None = None
+
+    @model_validator(mode="after")
+    def _enough_data(self) -> "AnswerReward":
+        least = min(part.num_prompts for part in self.data)
+        if (self.num_prompts or 0) > least:
+            raise ValueError(f"num_prompts: {self.num_prompts} is more than the {least} labelled questions of a task")
+        return self
+
+    def describe(self) -> dict[str, Any]:
+        """One source of answers stands by itself, as before there could be several: such a model keeps its key."""
+        found = super().describe()
+        for name in ("data", "held_out"):
+            if len(getattr(self, name)) == 1:
+                (found["fields"][name],) = found["fields"][name]
+        return found
+
+    @property
+    def also_read(self) -> tuple[Spec, ...]:
+        return tuple(part.model.saved for part in (*self.data, *self.held_out))
+
+    @property
+    def checkpoint(self) -> str:
+        return self.base.checkpoint
 
     @property
     def cost_s(self) -> float:
         tokens = sum(
-            times * len(part.tasks) * part.num_prompts * (PROMPT_TOKENS + part.num_samples * RESPONSE_TOKENS)
-            for times, part in ((3 * self.epochs, self.data), (1, self.held_out))
+            times * len(part.tasks) * count * (PROMPT_TOKENS + part.num_samples * RESPONSE_TOKENS)
+            for times, parts, most in ((3 * self.epochs, self.data, self.num_prompts), (1, self.held_out, None))
+            for part, count in ((part, most or part.num_prompts) for part in parts)
         )
-        return 15 + _seconds(self.base.checkpoint, tokens)
+        return 15 + self.base.chat.seconds(tokens)
+
+    @property
+    def needs(self) -> Needs:
+        return _needs(self.base.chat)
 
     @property
     def title(self) -> str:
-        return f"reward model on {self.base.title}"
+        return f"reward model of seed {self.seed} on {self.base.title}"
+
+
+PPO_ONLY = "critic_lr", "value_coefficient"
+"""Fields of `Aligned` that belong to a critic: PPO needs each of them, GRPO and RLOO have none."""
 
 
 class Aligned(Spec):
-    """The tuned model after PPO; policy, value head, reference and reward model on one base.
+    """A tuned model after PPO, GRPO or RLOO; policy, value head and reference are on one base, and so is a reward model
+    of the same tuned model. Another one is a second frozen model.
 
     The reward is ``score_weight`` times the normalised score plus ``verifier_weight`` for a right answer, less
     ``missing_eos_penalty``.
@@ -153,9 +251,11 @@ class Aligned(Spec):
 
     stage: ClassVar[str] = "aligned"
     runner: ClassVar[str] = "rlhfscale.language_stages:aligned"
+    added: ClassVar[tuple[str, ...]] = ("algorithm",)
 
     base: Tuned
     reward_model: AnswerReward
+    algorithm: Algorithm = "ppo"
     score_weight: float = Field(ge=0)
     verifier_weight: float = Field(ge=0)
     precision: Precision
@@ -166,34 +266,70 @@ class Aligned(Spec):
     epochs: Positive
     max_new_tokens: Positive
     policy_lr: float = Field(gt=0)
-    critic_lr: float = Field(gt=0)
-    value_coefficient: float = Field(gt=0)
+    critic_lr: float | None = Field(None, gt=0)
+    value_coefficient: float | None = Field(None, gt=0)
     kl_coefficient: float = Field(ge=0)
     missing_eos_penalty: float = Field(ge=0)
     lora_rank: Positive
     lora_alpha: float = Field(gt=0)
     seed: int = Field(ge=0)
 
+    @model_validator(mode="after")
+    def _fields_of_the_algorithm(self) -> "Aligned":
+        given = [name for name in PPO_ONLY if getattr(self, name) is not None]
+        if self.algorithm == "ppo" and len(given) < len(PPO_ONLY):
+            raise ValueError(f"ppo needs {', '.join(name for name in PPO_ONLY if name not in given)}")
+        if self.algorithm != "ppo" and given:
+            raise ValueError(f"{self.algorithm} has no critic and no use for {', '.join(given)}")
+        if self.algorithm != "ppo" and self.responses_per_prompt < 2:
+            raise ValueError(f"responses_per_prompt: {self.algorithm} compares at least 2 responses to a prompt")
+        return self
+
+    @property
+    def chat(self) -> Chat:
+        return self.base.chat
+
+    @property
+    def saved(self) -> Spec:
+        """The spec whose folder holds weights and tokenizer; the adapters are on top."""
+        return self.base
+
+    @property
+    def also_read(self) -> tuple[Spec, ...]:
+        return (self.reward_model.base,)
+
     @property
     def checkpoint(self) -> str:
         return self.base.checkpoint
 
     @property
+    def shares_base(self) -> bool:
+        """Whether the reward model's adapter is for the policy's own base."""
+        return self.reward_model.base == self.base
+
+    @property
     def cost_s(self) -> float:
-        tokens = self.prompts_per_update * (PROMPT_TOKENS + self.responses_per_prompt * RESPONSE_TOKENS)
+        tokens = self.num_updates * self.prompts_per_update
+        tokens *= PROMPT_TOKENS + self.responses_per_prompt * RESPONSE_TOKENS
         passes = 4 + 3 * self.epochs + (2 if self.precision == "nf4" else 0)
-        return 10 + self.num_updates * _seconds(self.checkpoint, passes * tokens)
+        other = 0.0 if self.shares_base else self.reward_model.base.chat.seconds(tokens)
+        return 10 + self.chat.seconds(passes * tokens) + other
+
+    @property
+    def needs(self) -> Needs:
+        return _needs(self.chat, *([] if self.shares_base else [self.reward_model.base.chat]))
 
     @property
     def title(self) -> str:
         by = " and ".join(
             name for name, weight in (("score", self.score_weight), ("verifier", self.verifier_weight)) if weight
         )
-        return f"PPO by {by} in {self.precision} from {self.base.title}"
+        of = "" if self.shares_base else f" of {self.reward_model.checkpoint}"
+        return f"{self.algorithm.upper()} of seed {self.seed} by {by}{of} in {self.precision} from {self.base.title}"
 
 
 class AnswerScores(Spec):
-    """The reward model's scores of the tuned model's answers, for best-of-N."""
+    """A reward model's scores of answers, for best-of-N."""
 
     stage: ClassVar[str] = "answer_scores"
     runner: ClassVar[str] = "rlhfscale.language_stages:answer_scores"
@@ -203,13 +339,17 @@ class AnswerScores(Spec):
 
     @property
     def also_read(self) -> tuple[Spec, ...]:
-        return (self.reward_model.base,)
+        return self.reward_model.base, self.answers.model.saved
 
     @property
     def cost_s(self) -> float:
         part = self.answers
         tokens = len(part.tasks) * part.num_prompts * (PROMPT_TOKENS + part.num_samples * RESPONSE_TOKENS)
-        return 5 + _seconds(self.reward_model.base.checkpoint, tokens)
+        return 5 + self.reward_model.base.chat.seconds(tokens)
+
+    @property
+    def needs(self) -> Needs:
+        return _needs(self.reward_model.base.chat)
 
     @property
     def title(self) -> str:

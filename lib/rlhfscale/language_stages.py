@@ -1,30 +1,35 @@
-"""The stages of the study on a pretrained language model; see `stages` for their signature and `language` for specs."""
+"""The stages of the study on published language models; see `stages` for their signature and `language` for specs."""
 
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+from peft import PeftModel
 from safetensors.numpy import save_file
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhfscale import checkpoints, language, models, networks, smollm2
 from rlhfscale.data import answers as answer_data
 from rlhfscale.finetune import finetune
 from rlhfscale.networks import SharedBase
-from rlhfscale.rewards import Mixed, Normalised, OutcomeRewardModel, SharedReward, outcome
+from rlhfscale.rewards import Mixed, Normalised, OutcomeRewardModel, SharedReward, outcome, scorer
 from rlhfscale.rewards.metrics import pair_accuracy
-from rlhfscale.rl import PPO, PPOConfig
+from rlhfscale.rl import TRAINERS
 from rlhfscale.samplers import Completions, hf, repeated, request_seeds
 from rlhfscale.stages import Inputs
 from rlhfscale.store import scratch
 from rlhfscale.tasks import reasoning
 
-BATCH = 64
-"""Responses sampled together: more leave a core's caches."""
+BATCH, GPU_BATCH = 64, 256
+"""Responses sampled together: on a CPU, more leave a core's caches."""
+LARGE, LARGE_TOKENS = 5e8, 4096
+"""Models of so many parameters keep only the inputs of their blocks in training and are trained on so many tokens at a
+time: memory for time, and the same gradients."""
 CALIBRATED = 4
 """A reward model's mean and spread are taken over the answers to every fourth labelled question."""
 LORA_ALPHA = 32.0
@@ -60,7 +65,7 @@ def answers(spec: language.Answers, inputs: Inputs, folder: Path) -> None:
             seeds=request_seeds((spec.seed, STREAM[spec.split]), len(prompts)),
             max_new_tokens=spec.max_new_tokens,
             temperature=spec.temperature,
-            batch_size=BATCH,
+            batch_size=BATCH if spec.model.chat.precision is None else GPU_BATCH,
             tokenizer=tokenizer,
         )
     answer_data.Answers.graded(asked, completions, tokenizer).save(folder)
@@ -68,61 +73,82 @@ def answers(spec: language.Answers, inputs: Inputs, folder: Path) -> None:
 
 def tuned(spec: language.Tuned, inputs: Inputs, folder: Path) -> None:
     """model/, adapters folded in and rounded to bfloat16; train.csv."""
-    tokenizer, policy = load(spec.base, inputs, precision="fp32", rank=spec.lora_rank, seed=spec.seed)
+    chat = spec.base
+    precision = chat.precision or "fp32"
+    tokenizer, policy = load(chat, inputs, precision=precision, rank=spec.lora_rank, seed=spec.seed)
     accepted = answer_data.Answers.load(inputs[spec.data.key]).accepted(tokenizer)
     losses = finetune(policy, accepted, epochs=spec.epochs, batch_size=spec.batch_size, lr=spec.lr, seed=(spec.seed, 0))
-    policy.merged_policy().bfloat16().save_pretrained(folder / "model")
+    merged = policy.merged_policy() if precision == "fp32" else _merged_anew(policy, inputs[chat.key] / "model", folder)
+    merged.bfloat16().save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     pd.DataFrame({"train_loss_nats": losses}).to_csv(folder / "train.csv", index_label="step")
 
 
+def _merged_anew(policy: SharedBase, source: Path, folder: Path) -> PreTrainedModel:
+    """The policy's adapter folded into the bfloat16 weights of ``source``, in the machine's memory: a GPU has no room
+    for a second copy, and in 4 bits the adapter would be rounded away."""
+    with tempfile.TemporaryDirectory(dir=folder) as kept:
+        policy.save_adapter(models.POLICY, Path(kept))
+        base = models.load_base(source, "bf16", local_files_only=True)
+        return PeftModel.from_pretrained(base, Path(kept) / models.POLICY).merge_and_unload()
+
+
 def answer_reward(spec: language.AnswerReward, inputs: Inputs, folder: Path) -> None:
     """model/ (adapters and head, see `SharedReward`), train.csv, and held_out.safetensors: the accuracy within each
-    held-out question, float64 [question], NaN where all its answers are right or all wrong."""
-    source = inputs[spec.base.key] / "model"
-    tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
-    model = models.load_base(source, "bf16", head="score", local_files_only=True)
+    held-out question, NaN where all its answers are right or all wrong: float64 [question], of answers of several
+    models [model, question]."""
+    tokenizer = AutoTokenizer.from_pretrained(inputs[spec.base.key] / "model", local_files_only=True)
+    model = _base(spec.base, inputs, head="score")
     model.name_or_path = model.config.name_or_path = spec.base.key
     nn.init.zeros_(model.score.weight)
-    data, held_out = (answer_data.Answers.load(inputs[part.key]) for part in (spec.data, spec.held_out))
-    labelled = data.labelled(tokenizer)
+    if _is_large(spec.base):
+        networks.checkpoint_blocks(model)
+    data, held_out = ([_reworded(part, inputs, tokenizer) for part in parts] for parts in (spec.data, spec.held_out))
+    if spec.num_prompts:
+        data = [part.head(spec.num_prompts) for part in data]
+    labelled = [part.labelled(tokenizer) for part in data]
     model, records = outcome.train(
         model,
-        [labelled],
+        labelled,
         epochs=spec.epochs,
         prompts_per_batch=spec.prompts_per_batch,
         lr=spec.lr,
         lora_rank=spec.lora_rank,
         readout="last",
         seed=(spec.seed, 0),
+        tokens_per_micro_batch=_tokens(spec.base),
         merge=False,
     )
-    reward = OutcomeRewardModel(model, tokenizer)
-    reward.save(folder / "model")
-    shared = _attached(folder / "model", source)
-    reward.calibrate(shared.score(labelled.sequences[labelled.group % CALIBRATED == 0]))
-    reward.save(folder / "model")
-    scores = shared.score(held_out.sequences(tokenizer)).reshape(held_out.right.shape)
+    OutcomeRewardModel(model, tokenizer).save(folder / "model")
+    del model  # before the next one is loaded
+    shared = _attached(spec, inputs, folder)
+    reference = [part.sequences[part.group % CALIBRATED == 0] for part in labelled]
+    shared.calibrate(np.concatenate([shared.score(sequences) for sequences in reference]))
+    accuracy = [
+        pair_accuracy(shared.score(part.sequences(tokenizer)).reshape(part.right.shape), part.right)
+        for part in held_out
+    ]
     pd.DataFrame(records).to_csv(folder / "train.csv", index=False)
-    save_file({"pair_accuracy": pair_accuracy(scores, held_out.right)}, folder / "held_out.safetensors")
+    found = np.stack(accuracy) if len(accuracy) > 1 else accuracy[0]
+    save_file({"pair_accuracy": found}, folder / "held_out.safetensors")
 
 
 def aligned(spec: language.Aligned, inputs: Inputs, folder: Path) -> None:
-    """adapters/ (policy as a PEFT folder, value head), metrics.csv."""
-    source = inputs[spec.base.key] / "model"
-    tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
-    base = models.load_base(source, spec.precision, local_files_only=True)
+    """adapters/ (policy as a PEFT folder, PPO's value head), metrics.csv."""
+    trainer, config_type = TRAINERS[spec.algorithm]
+    tokenizer = AutoTokenizer.from_pretrained(inputs[spec.base.key] / "model", local_files_only=True)
+    base = _base(spec.base, inputs, precision=spec.precision)
     base.name_or_path = base.config.name_or_path = spec.base.key
-    shared = SharedReward(inputs[spec.reward_model.key] / "model")
-    names = PPOConfig.model_fields.keys() & type(spec).model_fields.keys()
-    config = PPOConfig(**{name: getattr(spec, name) for name in names})
+    names = config_type.model_fields.keys() & type(spec).model_fields.keys()
+    memory = {"gradient_checkpointing": _is_large(spec.base), "max_tokens_per_pass": _tokens(spec.base)}
+    config = config_type(**{name: getattr(spec, name) for name in names}, **memory)
     stream = _training_questions(spec)
     parts = (
-        (spec.score_weight, Normalised(shared, shared.mean, shared.std)),
+        (spec.score_weight, _score(spec, inputs, stream, tokenizer)),
         (spec.verifier_weight, answer_data.Verifier(stream, tokenizer)),
     )
     reward = Mixed([(weight, part) for weight, part in parts if weight])
-    run = PPO(base, tokenizer, reward, config, seed=spec.seed)
+    run = trainer(base, tokenizer, reward, config, seed=spec.seed)
 
     def asked(update: int) -> list[reasoning.Question]:
         return stream[update * spec.prompts_per_update : (update + 1) * spec.prompts_per_update]
@@ -133,7 +159,7 @@ def aligned(spec: language.Aligned, inputs: Inputs, folder: Path) -> None:
 
     with scratch(folder) as kept:
         metrics = run.train(
-            lambda update: [question.conversation for question in asked(update)],
+            lambda update: answer_data.encode(asked(update), tokenizer),
             spec.num_updates,
             folder=kept,
             checkpoint_every=5,
@@ -144,11 +170,21 @@ def aligned(spec: language.Aligned, inputs: Inputs, folder: Path) -> None:
     metrics.to_csv(folder / "metrics.csv", index=False)
 
 
+def _score(
+    spec: language.Aligned, inputs: Inputs, questions: Sequence[reasoning.Question], tokenizer: PreTrainedTokenizerBase
+) -> Normalised:
+    """The reward model's normalised score: on the policy's base where it is the reward model's own."""
+    if spec.shares_base:
+        shared = SharedReward(inputs[spec.reward_model.key] / "model")
+        return Normalised(shared, shared.mean, shared.std)
+    other = _attached(spec.reward_model, inputs, inputs[spec.reward_model.key])
+    return Normalised(answer_data.Reworded(other, other.tokenizer, questions, tokenizer), other.mean, other.std)
+
+
 def answer_scores(spec: language.AnswerScores, inputs: Inputs, folder: Path) -> None:
     """scores.safetensors: float32 [question, sample], raw."""
-    source = inputs[spec.reward_model.base.key] / "model"
-    shared = _attached(inputs[spec.reward_model.key] / "model", source)
-    found = answer_data.Answers.load(inputs[spec.answers.key])
+    shared = _attached(spec.reward_model, inputs, inputs[spec.reward_model.key])
+    found = _reworded(spec.answers, inputs, shared.tokenizer)
     scores = shared.score(found.sequences(shared.tokenizer)).reshape(found.right.shape)
     save_file({"scores": scores}, folder / "scores.safetensors")
 
@@ -157,37 +193,66 @@ def load(
     spec: language.Chat | language.Tuned | language.Aligned,
     inputs: Inputs,
     *,
-    precision: str = "bf16",
+    precision: str | None = None,
     rank: int = 16,
     seed: int = 0,
 ) -> tuple[PreTrainedTokenizerBase, SharedBase]:
     """A model's tokenizer, and its networks without a critic; a float32 base is computed in bfloat16.
 
     Args:
-        precision: of the base; an aligned model keeps the one it was trained in.
+        precision: of the base, by default the checkpoint's; an aligned model keeps the one it was trained in.
         rank, seed: of the policy's adapter, where it is a new one.
     """
     trained = isinstance(spec, language.Aligned)
-    source = inputs[(spec.base if trained else spec).key] / "model"
     precision, rank = (spec.precision, spec.lora_rank) if trained else (precision, rank)
-    base = models.load_base(source, precision, local_files_only=True)
     found = networks.build(
-        base,
+        _base(spec, inputs, precision=precision),
         critic="none",
         rank=rank,
         alpha=spec.lora_alpha if trained else LORA_ALPHA,
         seed=seed,
+        gradient_checkpointing=_is_large(spec),
         compute_dtype=torch.bfloat16 if precision == "fp32" else None,
     )
     if trained:
         found.load(inputs[spec.key] / "adapters")
-    return AutoTokenizer.from_pretrained(source, local_files_only=True), found
+    return AutoTokenizer.from_pretrained(inputs[spec.saved.key] / "model", local_files_only=True), found
 
 
-def _attached(folder: Path, source: Path) -> SharedReward:
-    """A saved reward model on a base of its own."""
-    shared = SharedReward(folder)
-    shared.attach(networks.build(models.load_base(source, "bf16", local_files_only=True), critic="none"))
+def _base(
+    spec: language.Chat | language.Tuned | language.Aligned,
+    inputs: Inputs,
+    *,
+    precision: str | None = None,
+    head: str = "causal",
+) -> PreTrainedModel:
+    """The weights below a model's adapters, on the GPUs where its checkpoint has a precision and there are some."""
+    placed = {}
+    if spec.chat.precision is not None and torch.cuda.is_available():
+        placed = {"device_map": "auto" if torch.cuda.device_count() > 1 else {"": 0}}
+    precision = precision or spec.chat.precision or "bf16"
+    return models.load_base(inputs[spec.saved.key] / "model", precision, head=head, local_files_only=True, **placed)
+
+
+def _is_large(spec: language.Chat | language.Tuned | language.Aligned) -> bool:
+    return spec.chat.num_params >= LARGE
+
+
+def _tokens(spec: language.Tuned) -> int:
+    """Tokens that a model is trained on at a time, of a step's."""
+    return LARGE_TOKENS if _is_large(spec) else scorer.TOKENS_PER_MICRO_BATCH
+
+
+def _reworded(spec: language.Answers, inputs: Inputs, tokenizer: PreTrainedTokenizerBase) -> answer_data.Answers:
+    """Answers in the tokens of a model that may not have written them."""
+    written = AutoTokenizer.from_pretrained(inputs[spec.model.saved.key] / "model", local_files_only=True)
+    return answer_data.Answers.load(inputs[spec.key]).reworded(written, tokenizer)
+
+
+def _attached(spec: language.AnswerReward, inputs: Inputs, folder: Path) -> SharedReward:
+    """The reward model saved in ``folder``, on a base of its own."""
+    shared = SharedReward(folder / "model", tokens_per_micro_batch=_tokens(spec.base))
+    shared.attach(networks.build(_base(spec.base, inputs), critic="none"))
     return shared
 
 

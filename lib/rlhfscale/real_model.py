@@ -5,12 +5,14 @@ Nothing here imports torch.
 
 from typing import ClassVar, Literal, Self, cast
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import model_validator
 
 from rlhfscale import language
 from rlhfscale.checkpoints import checkpoint
 from rlhfscale.figures import StudyFigure
+from rlhfscale.language_recipe import LABELS, CheckpointRecipe
 from rlhfscale.params import field
+from rlhfscale.recipe import Recipe
 from rlhfscale.spec import Spec
 
 Run = Literal["score-lora", "mixed-lora", "score-qlora", "mixed-qlora"]
@@ -18,39 +20,37 @@ Run = Literal["score-lora", "mixed-lora", "score-qlora", "mixed-qlora"]
 (LoRA) or in 4 bits (QLoRA)."""
 BEFORE = "chat", "tuned"
 """Stages before PPO; each run of PPO is a further one."""
-EVALUATION, LABELS, REJECTION, POLICY = 1, 2, 3, 4
-"""Seeds of the held-out questions, and kinds of the training questions of each seed."""
-
-
-class Fixed(BaseModel):
-    """What the figure holds fixed; the rates were chosen with seed 0, which is in no figure."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    chat_tokens: int = Field(32, description="tokens at which a response of the chat model is cut")
-    max_new_tokens: int = Field(12, description="tokens at which a response of all others is cut")
-    rejection_samples: int = Field(4, description="responses to each question in rejection sampling")
-    rejection_temperature: float = Field(0.7, description="their temperature; all others are sampled at 1")
-    tuned_epochs: int = Field(2, description="passes over the accepted responses")
-    tuned_batch: int = Field(16, description="of them in a step")
-    tuned_lr: float = Field(5e-4, description="AdamW rate of supervised fine-tuning")
-    label_samples: int = Field(8, description="labelled responses to each question")
-    reward_epochs: int = Field(2, description="passes over them")
-    reward_batch: int = Field(8, description="questions in a step")
-    reward_lr: float = Field(3e-4, description="AdamW rate of the reward model")
-    prompts_per_update: int = Field(16, description="questions in a PPO update")
-    responses_per_prompt: int = Field(8, description="responses to each")
-    ppo_epochs: int = Field(2, description="passes over an update's responses")
-    critic_lr: float = Field(1e-3, description="AdamW rate of the value head")
-    score_weight: float = Field(0.5, description="reward of a standard deviation of the score, in mixed runs")
-    verifier_weight: float = Field(2.0, description="reward of a right answer, in mixed runs")
-    value_coefficient: float = Field(0.1, description="weight of the value loss")
-    missing_eos_penalty: float = Field(1.0, description="subtracted from the score of a response that never ended")
-    lora_rank: int = Field(16, description="of every adapter")
-    lora_alpha: float = Field(32.0, description="LoRA's scale numerator")
-
-
-FIXED = Fixed()
+SCORE_WEIGHT, VERIFIER_WEIGHT = 0.5, 2.0
+"""Of mixed runs: the reward of a standard deviation of the score, and of a right answer."""
+ON_CPU = {
+    "ladder": "checkpoints",
+    "precision": None,
+    "chat_tokens": 32,
+    "max_new_tokens": 12,
+    "rejection_samples": 4,
+    "rejection_temperature": 0.7,
+    "sft_epochs": 2,
+    "sft_batch": 16,
+    "sft_lr": 5e-4,
+    "label_samples": 8,
+    "reward_epochs": 2,
+    "reward_batch": 8,
+    "reward_lr": 3e-4,
+    "ppo_prompts": 16,
+    "ppo_responses": 8,
+    "ppo_epochs": 2,
+    "ppo_critic_lr": 1e-3,
+    "ppo_value_coefficient": 0.1,
+    "ppo_eos_penalty": 1.0,
+    "grpo_policy_lr": 1e-4,
+    "grpo_kl": 0.05,
+    "rloo_policy_lr": 1e-4,
+    "rloo_kl": 0.05,
+    "lora_rank": 16,
+    "lora_alpha": 32.0,
+}
+"""What the figure holds fixed in tiers whose own ladder is trained from scratch; the rates were chosen with seed 0,
+which is in no figure. In tiers of published checkpoints it is made with their recipe."""
 
 
 class RealModel(StudyFigure):
@@ -78,8 +78,22 @@ class RealModel(StudyFigure):
         return self
 
     @property
-    def settings(self) -> "Fixed":
-        return FIXED
+    def settings(self) -> CheckpointRecipe:
+        """The tier's recipe, with one rung and what the figure's own parameters say."""
+        recipe = Recipe.load(self.recipe)
+        fixed = recipe.model_dump() if isinstance(recipe, CheckpointRecipe) else ON_CPU
+        own = {
+            "tasks": self.tasks,
+            "label_rungs": (self.checkpoint,),
+            "rejection_prompts": self.num_questions * len(self.tasks),
+            "reward_prompts": self.num_questions * len(self.tasks),
+            "ppo_updates": self.updates,
+            "ppo_policy_lr": self.policy_lr,
+            "ppo_kl": self.kl_coefficient,
+            "eval_prompts": self.eval_prompts * len(self.tasks),
+            "eval_samples": self.eval_samples,
+        }
+        return CheckpointRecipe(**fixed | own)
 
     @property
     def best_of(self) -> tuple[int, ...]:
@@ -91,80 +105,36 @@ class RealModel(StudyFigure):
         """In the order of the pipeline."""
         return (*BEFORE, *self.ppo)
 
-    @property
-    def chat(self) -> language.Chat:
-        return language.Chat(checkpoint=self.checkpoint)
-
     def tuned(self, seed: int) -> language.Tuned:
-        data = self._answers(self.chat, "train", self.num_questions, FIXED.rejection_samples, seed, REJECTION)
-        return language.Tuned(
-            base=self.chat,
-            data=data.changed(temperature=FIXED.rejection_temperature),
-            epochs=FIXED.tuned_epochs,
-            batch_size=FIXED.tuned_batch,
-            lr=FIXED.tuned_lr,
-            lora_rank=FIXED.lora_rank,
-            seed=seed,
-        )
+        return self.settings.sft(self.checkpoint, seed)
 
     def reward_model(self, seed: int) -> language.AnswerReward:
-        tuned = self.tuned(seed)
-        return language.AnswerReward(
-            base=tuned,
-            data=self._answers(tuned, "train", self.num_questions, FIXED.label_samples, seed, LABELS),
-            held_out=self.evaluation("tuned", seed),
-            epochs=FIXED.reward_epochs,
-            prompts_per_batch=FIXED.reward_batch,
-            lr=FIXED.reward_lr,
-            lora_rank=FIXED.lora_rank,
-            seed=seed,
-        )
+        recipe, tuned = self.settings, self.tuned(seed)
+        data = recipe.answers(tuned, "train", self.num_questions, recipe.label_samples, 10 * seed + LABELS, seed)
+        return recipe.reward_model_of(tuned, (data,), (self.evaluation("tuned", seed),), seed)
 
     def aligned(self, run: Run, seed: int) -> language.Aligned:
         reward, _, adapter = run.partition("-")
-        return language.Aligned(
-            base=self.tuned(seed),
-            reward_model=self.reward_model(seed),
-            score_weight=1.0 if reward == "score" else FIXED.score_weight,
-            verifier_weight=0.0 if reward == "score" else FIXED.verifier_weight,
-            precision="nf4" if adapter == "qlora" else "bf16",
-            tasks=self.tasks,
-            num_updates=self.updates,
-            epochs=FIXED.ppo_epochs,
-            policy_lr=self.policy_lr,
-            kl_coefficient=self.kl_coefficient,
-            seed=seed,
-            **FIXED.model_dump(include=language.Aligned.model_fields.keys() - {"score_weight", "verifier_weight"}),
+        mixed = {"score_weight": SCORE_WEIGHT, "verifier_weight": VERIFIER_WEIGHT}
+        return self.settings.policy_of(self.tuned(seed), self.reward_model(seed), seed).changed(
+            **(mixed if reward == "mixed" else {}), precision="nf4" if adapter == "qlora" else "bf16"
         )
 
     def model(self, stage: str, seed: int) -> language.Chat | language.Tuned | language.Aligned:
         if stage == "chat":
-            return self.chat
+            return self.settings.chat(self.checkpoint)
         return self.tuned(seed) if stage == "tuned" else self.aligned(cast(Run, stage), seed)
 
     def evaluation(self, stage: str, seed: int) -> language.Answers:
         """Sampled answers to the held-out questions, which are the same for every seed; so are the chat model's."""
         seed = self.seeds[0] if stage == "chat" else seed
-        return self._answers(self.model(stage, seed), "eval", self.eval_prompts, self.eval_samples, seed, EVALUATION)
+        return self.settings.evaluation(self.model(stage, seed), seed)
 
     def greedy(self, stage: str, seed: int) -> language.Answers:
         return self.evaluation(stage, seed).changed(num_samples=1, temperature=0.0)
 
     def scores(self, seed: int) -> language.AnswerScores:
-        return language.AnswerScores(answers=self.evaluation("tuned", seed), reward_model=self.reward_model(seed))
-
-    def _answers(self, model, split, num_prompts: int, num_samples: int, seed: int, kind: int) -> language.Answers:
-        return language.Answers(
-            model=model,
-            split=split,
-            tasks=self.tasks,
-            num_prompts=num_prompts,
-            num_samples=num_samples,
-            max_new_tokens=FIXED.chat_tokens if model == self.chat else FIXED.max_new_tokens,
-            temperature=1.0,
-            prompt_seed=EVALUATION if kind == EVALUATION else 10 * seed + kind,
-            seed=seed,
-        )
+        return self.settings.scores(self.evaluation("tuned", seed), self.reward_model(seed))
 
     def specs(self) -> tuple[Spec, ...]:
         found: list[Spec] = []

@@ -2,6 +2,9 @@
 
 A figure's own parameters are what it varies (rungs, seeds, sizes); all else comes from here, so that two figures that
 need the same model describe it in the same way and share it.
+
+This one is of rungs that are trained from scratch. `language_recipe` has its sibling, whose rungs are published
+checkpoints: ``ladder: checkpoints`` in the file asks for it, and it describes the same roles by other specs.
 """
 
 from functools import lru_cache
@@ -10,11 +13,19 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from rlhfscale import ladder, specs, tasks
+from rlhfscale.checkpoints import CHECKPOINTS, checkpoint
+from rlhfscale.language_recipe import CheckpointRecipe
 from rlhfscale.params import ParamsError, explain, read_yaml
 from rlhfscale.paths import project_root
+from rlhfscale.specs import Algorithm
 
 FAMILIES = tuple(tasks.FAMILIES)
-Algorithm = Literal["ppo", "grpo", "rloo"]
+
+
+def num_params(rung: str) -> int:
+    """Parameters of a rung of either ladder: of one trained from scratch without its embeddings, of a published
+    checkpoint all. Raises ValueError for a name on neither."""
+    return checkpoint(rung).num_params if rung in CHECKPOINTS else ladder.rung(rung).num_params
 
 
 class Recipe(BaseModel):
@@ -77,13 +88,7 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _rungs_on_ladder(self) -> Self:
-        for name in self.label_rungs:
-            try:
-                ladder.rung(name)
-            except ValueError as error:
-                raise ValueError(f"label_rungs: {error}") from None
-        if len(set(self.label_rungs)) < len(self.label_rungs):
-            raise ValueError(f"label_rungs: {list(self.label_rungs)} names a rung twice")
+        self.check_rungs("label_rungs", self.label_rungs)
         return self
 
     @model_validator(mode="after")
@@ -97,14 +102,26 @@ class Recipe(BaseModel):
 
     @classmethod
     @lru_cache
-    def load(cls, name: str) -> "Recipe":
+    def load(cls, name: str) -> "Recipe | CheckpointRecipe":
         """The recipe of a tier. Raises ParamsError, one line that names file and field."""
         file = f"params/{name}/recipe.yaml"
+        values = read_yaml(project_root() / file)
+        kind = CheckpointRecipe if "ladder" in values else cls
         try:
-            return cls(**read_yaml(project_root() / file))
+            return kind(**values)
         except ValidationError as error:
-            message = "; ".join(explain(problem, list(cls.model_fields)) for problem in error.errors())
+            message = "; ".join(explain(problem, list(kind.model_fields)) for problem in error.errors())
             raise ParamsError(f"{file}: {message}") from None
+
+    def check_rungs(self, name: str, rungs: tuple[str, ...]) -> None:
+        """Raise ValueError, naming the field, unless these are different rungs of the ladder."""
+        for rung in rungs:
+            try:
+                ladder.rung(rung)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+        if len(set(rungs)) < len(rungs):
+            raise ValueError(f"{name}: {list(rungs)} names a rung twice")
 
     def pretrain(self, rung: str) -> specs.Pretrain:
         return specs.Pretrain(
@@ -129,16 +146,34 @@ class Recipe(BaseModel):
             seed=0,
         )
 
-    def reward_model(self, rung: str, seed: int, num_prompts: int | None = None) -> specs.RewardModel:
-        """A reward model of a rung; each seed has labelled prompts and responses of its own."""
-        share = -(-self.reward_prompts // len(self.label_rungs))
+    def reward_model(
+        self,
+        rung: str,
+        seed: int,
+        num_prompts: int | None = None,
+        *,
+        labelled_prompts: int | None = None,
+        responses: int | None = None,
+        prompts_per_batch: int | None = None,
+    ) -> specs.RewardModel:
+        """A reward model of a rung; each seed has labelled prompts and responses of its own.
+
+        Args:
+            num_prompts: of the labelled prompts, the first so many are learnt from; by default the recipe's.
+            labelled_prompts: prompts that are labelled, shared out to the label rungs; by default the recipe's.
+            responses, prompts_per_batch: labelled responses to each, and prompts in a batch; by default the recipe's.
+        """
+        share = -(-(labelled_prompts or self.reward_prompts) // len(self.label_rungs))
+        count = responses or self.label_samples
         return specs.RewardModel(
             base=self.sft(rung),
-            data=tuple(self._labels(name, "train", share, seed) for name in self.label_rungs),
-            held_out=tuple(self._labels(name, "eval", self.eval_prompts, 0) for name in self.label_rungs),
+            data=tuple(self._labels(name, "train", share, count, seed) for name in self.label_rungs),
+            held_out=tuple(
+                self._labels(name, "eval", self.eval_prompts, self.label_samples, 0) for name in self.label_rungs
+            ),
             num_prompts=num_prompts or self.reward_prompts,
             epochs=self.reward_epochs,
-            prompts_per_batch=self.reward_batch,
+            prompts_per_batch=prompts_per_batch or self.reward_batch,
             lr=self.reward_lr_width / ladder.rung(rung).width,
             muon_lr=self.reward_muon_lr,
             lora_rank=self.reward_lora_rank,
@@ -146,14 +181,19 @@ class Recipe(BaseModel):
             seed=seed,
         )
 
-    def _labels(self, rung: str, split: str, num_prompts: int, seed: int) -> specs.Samples:
+    @property
+    def label_parts(self) -> int:
+        """Parts of equal size that the labelled prompts of a reward model come in: one of each label rung."""
+        return len(self.label_rungs)
+
+    def _labels(self, rung: str, split: str, num_prompts: int, num_samples: int, seed: int) -> specs.Samples:
         """Every label rung answers the same prompts, with the same draws."""
         return specs.Samples(
             model=self.sft(rung),
             split=split,
             families=FAMILIES,
             num_prompts=num_prompts,
-            num_samples=self.label_samples,
+            num_samples=num_samples,
             temperature=1.0,
             prompt_seed=seed,
             seed=seed,
@@ -231,3 +271,6 @@ class Recipe(BaseModel):
         """Many responses of an SFT rung to each held-out prompt, for best-of-N."""
         samples = self.evaluation(self.sft(rung), 0)
         return samples.changed(num_prompts=num_prompts, num_samples=num_samples)
+
+    def scores(self, samples: specs.Samples, reward_model: specs.AnyRewardModel) -> specs.Scores:
+        return specs.Scores(samples=samples, reward_model=reward_model)

@@ -34,6 +34,8 @@ class Spec(BaseModel):
         runner: ``"module:function"``, called as ``function(spec, inputs, folder)`` in a worker process, where
             ``inputs`` maps the key of each parent to its verified artifact folder and ``folder`` is an empty
             temporary folder that becomes the artifact.
+        added: fields that came when artifacts had been made already: they are no part of the key while they have their
+            default, so that those artifacts keep theirs.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -41,6 +43,7 @@ class Spec(BaseModel):
     stage: ClassVar[str]
     version: ClassVar[int] = 1
     runner: ClassVar[str]
+    added: ClassVar[tuple[str, ...]] = ()
 
     @cached_property
     def parents(self) -> tuple["Spec", ...]:
@@ -64,7 +67,9 @@ class Spec(BaseModel):
 
     def describe(self) -> dict[str, Any]:
         """The fields as JSON values with each parent replaced by its key; saved in the artifact's manifest."""
-        fields = {name: _plain(getattr(self, name)) for name in type(self).model_fields}
+        infos = type(self).model_fields.items()
+        told = [name for name, info in infos if name not in self.added or getattr(self, name) != info.default]
+        fields = {name: _plain(getattr(self, name)) for name in told}
         return {"stage": self.stage, "version": self.version, "fields": fields}
 
     def changed(self, **fields: Any) -> Self:

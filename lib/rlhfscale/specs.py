@@ -12,6 +12,7 @@ from pydantic import Field, field_validator, model_validator
 from rlhfscale import ladder, tasks
 from rlhfscale.spec import Spec
 
+Algorithm = Literal["ppo", "grpo", "rloo"]
 TOKENS_PER_DOCUMENT = 16
 """Mean length of a demonstration of the laptop bed, prompt included; for cost estimates."""
 
@@ -179,7 +180,7 @@ class Policy(Spec):
 
     sft: SFT
     reward_model: AnyRewardModel
-    algorithm: Literal["ppo", "grpo", "rloo"]
+    algorithm: Algorithm
     critic: Literal["trunk", "separate"] | None = None
     num_updates: int = Field(ge=1)
     prompts_per_update: int = Field(ge=1)

@@ -28,7 +28,7 @@ from rlhfscale.evals import benchmarks, evaluate, planted, sources
 from rlhfscale.evals.judge import Cache
 from rlhfscale.rewards import mixed, outcome, process
 from rlhfscale.rewards.labelled import Labelled, StepLabelled, response_sequences, study_step_ids
-from rlhfscale.rl import GRPO, PPO, RLOO, GRPOConfig, PPOConfig, RLOOConfig
+from rlhfscale.rl import TRAINERS
 from rlhfscale.samplers import Completions, hf, repeated, request_seeds
 from rlhfscale.store import scratch
 
@@ -215,8 +215,7 @@ def first(flags: np.ndarray) -> int:
 
 def policy(spec: specs.Policy, inputs: Inputs, folder: Path) -> None:
     """model/ (adapter folded in), adapters/ (policy, and PPO's critic, as PEFT folders; value head), metrics.csv."""
-    trainers = {"ppo": (PPO, PPOConfig), "grpo": (GRPO, GRPOConfig), "rloo": (RLOO, RLOOConfig)}
-    trainer, config_type = trainers[spec.algorithm]
+    trainer, config_type = TRAINERS[spec.algorithm]
     base = models.load_policy(inputs[spec.sft.key] / "model")
     # what the adapters record as their base, rather than a path of this machine
     base.name_or_path = base.config.name_or_path = spec.sft.key

@@ -14,13 +14,14 @@ import numpy as np
 import pandas as pd
 from safetensors.numpy import load_file
 
-from rlhfscale import ladder, tasks
+from rlhfscale import language, roles, tasks
 from rlhfscale.data.demonstrations import demonstration_nats, held_out_documents
 from rlhfscale.data.responses import Responses
 from rlhfscale.evals import alpaca_eval, planted
 from rlhfscale.evals import best_of_n as bon
 from rlhfscale.figures import Benchmarks, BestOfN, PolicySize, RecipeFigure, StudyFigure, TestBed, Walkthrough
 from rlhfscale.params import load as load_params
+from rlhfscale.recipe import num_params
 from rlhfscale.results import ResultsFolder, summary_row
 from rlhfscale.spec import Spec
 from rlhfscale.stats.bootstrap import Interval, bootstrap, nested_bootstrap
@@ -30,6 +31,7 @@ from rlhfscale.stats.fits import fit_power_law, fit_slope, fit_with_intervals, s
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from rlhfscale.data.answers import Answers
     from rlhfscale.grid import Results
 
 Folders = Mapping[Spec, Path]
@@ -135,7 +137,7 @@ def policy_size(P: PolicySize, folders: Folders) -> Tables:
                 }
                 rows.add(sampled_spec, metrics, **about)
                 if stage == "ppo":
-                    last = pd.read_csv(folders[sampled_spec.model] / "metrics.csv").tail(5).mean()
+                    last = read_metrics(folders, sampled_spec.model).tail(5).mean()
                     training = {"kl_nats": last["kl_nats"], "proxy": last["proxy"]}
                     rows.add(sampled_spec.model, training, **about | {"num_prompts": P.settings.ppo_prompts})
                 if stage == "ppo" or seed == P.seeds[0]:  # before training, greedy is one run for all seeds
@@ -146,7 +148,7 @@ def policy_size(P: PolicySize, folders: Folders) -> Tables:
         stage: np.array([[cells[stage, rung, seed] for seed in P.seeds] for rung in P.policy_rungs])
         for stage in ("sft", "ppo")
     }
-    sizes = np.array([ladder.rung(rung).num_params for rung in P.policy_rungs])
+    sizes = np.array([num_params(rung) for rung in P.policy_rungs])
     summary = []
     for stage, values in accuracy.items():
         summary += rung_rows("sampled_exact", P.policy_rungs, mean_intervals(values), stage=stage)
@@ -180,7 +182,7 @@ def _other_reward_model(
     before = before[:, [P.seeds.index(seed) for seed in P.other_seeds]]
     gain = np.array(after).reshape(before.shape) - before
     slope = nested_bootstrap(gain, lambda means: slope_per_doubling(sizes, means), rng=new_rng(), on="means")
-    about = {"reward_model": rung, "reward_model_params": ladder.rung(rung).num_params}
+    about = {"reward_model": rung, "reward_model_params": num_params(rung)}
     found = rung_rows("other_gain", P.policy_rungs, mean_intervals(gain), **about)
     return [*found, summary_row("other_gain_slope", slope, **about)]
 
@@ -213,10 +215,10 @@ def best_of_n(P: BestOfN, folders: Folders) -> Tables:
         means = mean_intervals(np.moveaxis(curve, -1, 1).reshape(-1, *curve.shape[1:3]))
         cells = [(rung, size) for rung in P.reward_model_rungs for size in sizes]
         for (rung, size), interval in zip(cells, means.split(), strict=True):
-            params = ladder.rung(rung).num_params
+            params = num_params(rung)
             about = {"reward_model": rung, "reward_model_params": params, "num_responses": size}
             summary.append(summary_row(name, interval, **about))
-    for name, values in _votes(responses, sizes).items():
+    for name, values in _votes(responses, read_final_answers(folders, P.samples), sizes).items():
         interval = bootstrap(values.T, lambda means: means, unit="prompt", rng=new_rng(), on="means")
         for size, part in zip(sizes, interval.split(), strict=True):
             summary.append(summary_row(name, part, num_responses=size))
@@ -251,9 +253,8 @@ def _standardised_proxy(proxy: np.ndarray, sizes: list[int]) -> np.ndarray:
     return curve - curve[..., [sizes.index(1)]]
 
 
-def _votes(responses: Responses, sizes: list[int]) -> dict[str, np.ndarray]:
+def _votes(responses: "Responses | Answers", answers: np.ndarray, sizes: list[int]) -> dict[str, np.ndarray]:
     """pass@N and majority vote, float64 [prompt, size]. Unfinished responses have no answer: each is its own."""
-    answers = responses.answers()
     missing = answers < 0
     answers = np.where(missing, -1 - np.arange(answers.shape[1]), answers)
     vote = bon.majority_vote(answers, responses.exact, sizes, rng=new_rng())
@@ -264,7 +265,7 @@ def test_bed(P: TestBed, folders: Folders) -> Tables:
     """Loss against compute, accuracy by rung and family, reward models by size and data, and the bed's conditions."""
     rows, summary, prompts = Runs(P), [], []
     excess = _ladder_loss(P, folders, rows, prompts)
-    sizes = {rung: ladder.rung(rung).num_params for rung in P.policy_rungs}
+    sizes = {rung: num_params(rung) for rung in P.policy_rungs}
     flops = np.array([_last_loss(folders, P, rung)["flops"] for rung in P.policy_rungs])
     interval = bootstrap(excess, lambda means: means, unit="prompt", rng=new_rng(), on="means")
     for rung, compute, part in zip(P.policy_rungs, flops, interval.split(), strict=True):
@@ -307,7 +308,7 @@ def _ladder_accuracy(P: TestBed, folders: Folders, rows: "Runs", summary: list, 
     sampled_exact = []
     families = list(tasks.FAMILIES)
     for rung in P.policy_rungs:
-        sft, params = P.settings.sft(rung), ladder.rung(rung).num_params
+        sft, params = P.settings.sft(rung), num_params(rung)
         for metric, seed, greedy in (("sampled_exact", P.seeds[0], False), ("greedy_exact", 0, True)):
             spec = P.settings.evaluation(sft, seed, greedy=greedy)
             responses = read_responses(folders, spec)
@@ -351,7 +352,7 @@ def _reward_model_accuracy(
     for (rung, labelled), pairs in num_pairs.items():
         values = np.array([accuracy[rung, labelled, seed][counts] for seed in P.seeds])
         interval = intervals[rung, labelled] = nested_bootstrap(values, np.mean, rng=new_rng(), on="means")
-        about = {"rung": rung, "num_params": ladder.rung(rung).num_params, "num_pairs": pairs}
+        about = {"rung": rung, "num_params": num_params(rung), "num_pairs": pairs}
         summary.append(summary_row("pairwise_accuracy", interval, **about))
     return intervals
 
@@ -422,8 +423,8 @@ def training_metrics(P: PolicySize, folders: Folders) -> pd.DataFrame:
     tables = []
     for rung in P.policy_rungs:
         for seed in P.seeds:
-            table = pd.read_csv(folders[P.policy(rung, seed)] / "metrics.csv")
-            about = {"rung": rung, "num_params": ladder.rung(rung).num_params, "seed": seed}
+            table = read_metrics(folders, P.policy(rung, seed))
+            about = {"rung": rung, "num_params": num_params(rung), "seed": seed}
             tables.append(
                 table.rename(columns={"response_tokens": "response_length", "finished": "eos_share"}).assign(**about)
             )
@@ -438,7 +439,7 @@ def walkthrough(P: Walkthrough, folders: Folders, metrics: pd.DataFrame, after: 
         after: the trained policy's responses to the prompts of ``P.before``.
     """
     live = f"live-{P.hash}"  # no artifact: the run is made anew each time
-    about = {"figure": P.figure, "command": command(P), "rung": P.rung, "num_params": ladder.rung(P.rung).num_params}
+    about = {"figure": P.figure, "command": command(P), "rung": P.rung, "num_params": num_params(P.rung)}
     runs = [metrics.melt("update", var_name="metric").assign(node=live, num_prompts=P.prompts_per_update)]
     summary, prompts, exact = [], [], {}
     for stage, node, responses in (("sft", P.before.key, read_responses(folders, P.before)), ("ppo", live, after)):
@@ -543,7 +544,7 @@ class Runs:
         self._rows: list[dict[str, Any]] = []
 
     def add(self, spec: Spec, metrics: Mapping[str, float], *, rung: str, **about: Any) -> None:
-        about = {"node": spec.key, "rung": rung, "num_params": ladder.rung(rung).num_params, **about}
+        about = {"node": spec.key, "rung": rung, "num_params": num_params(rung), **about}
         self._rows += [self._common | about | {"metric": name, "value": float(v)} for name, v in metrics.items()]
 
     def table(self) -> pd.DataFrame:
@@ -557,7 +558,7 @@ def per_prompt_table(spec: Spec, seed: int, metric: str, values: np.ndarray) -> 
 
 def rung_rows(quantity: str, rungs: Sequence[str], interval: Interval, **about: Any) -> list[dict[str, Any]]:
     return [
-        summary_row(quantity, part, rung=rung, num_params=ladder.rung(rung).num_params, **about)
+        summary_row(quantity, part, rung=rung, num_params=num_params(rung), **about)
         for rung, part in zip(rungs, interval.split(), strict=True)
     ]
 
@@ -579,8 +580,33 @@ def new_rng() -> np.random.Generator:
     return np.random.default_rng(BOOTSTRAP_SEED)
 
 
-def read_responses(folders: Folders, spec: Spec) -> Responses:
+def read_responses(folders: Folders, spec: roles.Samples) -> "Responses | Answers":
+    """Graded responses: of both kinds are ``exact``, ``gold``, ``finished`` and ``response_lengths`` [prompt, sample].
+
+    Those of language models need transformers, and are only imported where there are some.
+    """
+    if isinstance(spec, language.Answers):
+        from rlhfscale.data.answers import Answers
+
+        return Answers.load(folders[spec])
     return Responses.load(folders[spec] / "responses.safetensors")
+
+
+def read_final_answers(folders: Folders, spec: roles.Samples) -> np.ndarray:
+    """int64 [prompt, sample]: equal numbers for equal final answers to a prompt; -1 for a response without one."""
+    responses = read_responses(folders, spec)
+    if isinstance(spec, language.Answers):
+        from transformers import AutoTokenizer
+
+        model = folders[spec.model.saved] / "model"
+        return responses.answers(AutoTokenizer.from_pretrained(model, local_files_only=True))
+    return responses.answers()
+
+
+def read_metrics(folders: Folders, policy: roles.Policy) -> pd.DataFrame:
+    """A policy's updates. A language model's answer is right or wrong: that is both its ``exact`` and its ``gold``."""
+    table = pd.read_csv(folders[policy] / "metrics.csv")
+    return table.assign(exact=table["right"], gold=table["right"]) if isinstance(policy, language.Aligned) else table
 
 
 def read_scores(folders: Folders, spec: Spec) -> np.ndarray:

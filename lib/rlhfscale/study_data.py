@@ -17,6 +17,7 @@ from rlhfscale.study import (
     mean_intervals,
     new_rng,
     per_prompt_table,
+    read_metrics,
     read_responses,
 )
 from rlhfscale.study_sweeps import Collector, best_of_n_gain, last_updates, pair_accuracy
@@ -89,7 +90,7 @@ def training_curves(P: TrainingData, folders: Folders) -> pd.DataFrame:
     for seed in P.seeds:
         start = read_responses(folders, P.before(seed)).gold
         for policy in (P.policy(P.updates[-1], seed), P.weak(seed)):
-            table = pd.read_csv(folders[policy] / "metrics.csv")[columns]
+            table = read_metrics(folders, policy)[columns]
             table["gold_sd"] = (table["gold"] - start.mean()) / start.std()
             table["proxy_sd"] = table["proxy"] - table["proxy"].iloc[0]
             tables.append(table.assign(seed=seed, kl_coefficient=policy.kl_coefficient))

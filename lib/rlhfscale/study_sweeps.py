@@ -9,11 +9,11 @@ import numpy as np
 import pandas as pd
 from safetensors.numpy import load_file
 
-from rlhfscale import ladder
+from rlhfscale import roles
 from rlhfscale.evals import best_of_n as bon
+from rlhfscale.recipe import num_params
 from rlhfscale.results import summary_row
 from rlhfscale.spec import Spec
-from rlhfscale.specs import Policy, RewardModel, Samples, Scores
 from rlhfscale.stats.bootstrap import bootstrap, nested_bootstrap
 from rlhfscale.stats.claims import CLAIMS, EQUIVALENCE_MARGIN, ClaimResult, judge
 from rlhfscale.stats.fits import fit_slope, fit_with_intervals, slope_per_doubling
@@ -26,6 +26,7 @@ from rlhfscale.study import (
     mean_where_known,
     new_rng,
     per_prompt_table,
+    read_metrics,
     read_responses,
     read_scores,
 )
@@ -38,7 +39,7 @@ LAST_UPDATES = 5
 def reward_model_size(P: RewardModelSize, folders: Folders) -> Tables:
     """C2: pair accuracy, best-of-N gain and PPO gain by reward-model rung, and their slopes per doubling."""
     found = Collector(P, folders)
-    rungs, sizes = P.reward_model_rungs, [ladder.rung(rung).num_params for rung in P.reward_model_rungs]
+    rungs, sizes = P.reward_model_rungs, [num_params(rung) for rung in P.reward_model_rungs]
     about = {rung: {"reward_model": rung, "reward_model_params": size} for rung, size in zip(rungs, sizes, strict=True)}
     drawn, before = read_responses(folders, P.samples), found.before()
     pairs, best, after = [], [], []
@@ -78,22 +79,23 @@ def reward_model_size(P: RewardModelSize, folders: Folders) -> Tables:
     return found.tables(result)
 
 
-def best_of_n_gain(folders: Folders, scores: Scores, exact: np.ndarray, size: int) -> np.ndarray:
+def best_of_n_gain(folders: Folders, scores: roles.Scores, exact: np.ndarray, size: int) -> np.ndarray:
     """What best-of-N by a reward model's scores gains over one response, float64 [prompt]; ``exact`` is
     [prompt, sample]."""
     return bon.best_of_n(exact, read_scores(folders, scores), [size])[:, 0] - exact.mean(1)
 
 
-def pair_accuracy(folders: Folders, spec: RewardModel) -> np.ndarray:
+def pair_accuracy(folders: Folders, spec: roles.RewardModel) -> np.ndarray:
     """Accuracy within each held-out prompt that has a pair of unequal gold, float64 [prompt]; these are the same for
     every reward model of a recipe, as they depend on the responses alone."""
-    accuracy = mean_where_known(load_file(folders[spec] / "held_out.safetensors")["pair_accuracy"])
+    found = load_file(folders[spec] / "held_out.safetensors")["pair_accuracy"]  # [label rung, prompt], or [prompt]
+    accuracy = mean_where_known(np.atleast_2d(found))
     return accuracy[~np.isnan(accuracy)]
 
 
-def last_updates(folders: Folders, policy: Policy) -> pd.Series:
+def last_updates(folders: Folders, policy: roles.Policy) -> pd.Series:
     """Means of a policy's metrics over its last updates."""
-    return pd.read_csv(folders[policy] / "metrics.csv").tail(LAST_UPDATES).mean()
+    return read_metrics(folders, policy).tail(LAST_UPDATES).mean()
 
 
 def responses_per_prompt(P: ResponsesPerPrompt, folders: Folders) -> Tables:
@@ -175,7 +177,7 @@ def learning_curves(P: Algorithms, folders: Folders) -> pd.DataFrame:
     """Every update of every policy, as `plots_sweeps.learning_curves` wants it."""
     columns = ["update", "proxy", "gold", "exact", "kl_nats", "response_tokens", "finished"]
     return pd.concat(
-        [pd.read_csv(folders[p] / "metrics.csv")[columns].assign(**_about(p)) for p in P.equal_rollouts()],
+        [read_metrics(folders, p)[columns].assign(**_about(p)) for p in P.equal_rollouts()],
         ignore_index=True,
     )
 
@@ -197,7 +199,7 @@ def mean_cost(costs: pd.DataFrame) -> pd.DataFrame:
     return costs.groupby(by).mean().drop(columns="seed").round(1)
 
 
-def _about(policy: Policy) -> dict[str, Any]:
+def _about(policy: roles.Policy) -> dict[str, Any]:
     return {
         "algorithm": policy.algorithm,
         "prompts": policy.prompts_per_update,
@@ -228,7 +230,7 @@ def learning_rates(P: LearningRates, folders: Folders) -> Tables:
             about = {
                 "algorithm": algorithm,
                 "rung": rung,
-                "num_params": ladder.rung(rung).num_params,
+                "num_params": num_params(rung),
                 "policy_lr": rate,
             }
             for name, found in (("sampled_exact", values), ("minus_common", values - exact[P.common_rate])):
@@ -251,7 +253,7 @@ class Collector:
         self.summary.append(summary_row("sampled_exact", mean, stage="sft"))
         return np.array(values)
 
-    def after(self, policies: Iterable[Policy], **about: Any) -> np.ndarray:
+    def after(self, policies: Iterable[roles.Policy], **about: Any) -> np.ndarray:
         """Sampled accuracy of a cell's policies, one for each seed, float64 [seed, prompt]; adds their rows."""
         values = []
         for policy in policies:
@@ -262,7 +264,7 @@ class Collector:
             self.rows.add(policy, training, rung=self.P.policy_rung, stage=policy.algorithm, **about, **counted)
         return np.array(values)
 
-    def sampled(self, spec: Samples, seed: int, *, rung: str | None = None, **about: Any) -> np.ndarray:
+    def sampled(self, spec: roles.Samples, seed: int, *, rung: str | None = None, **about: Any) -> np.ndarray:
         """Sampled accuracy of a model, float64 [prompt]; adds its rows."""
         rung = rung or self.P.policy_rung
         responses = read_responses(self.folders, spec)

@@ -5,11 +5,11 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import model_validator
 
-from rlhfscale import specs
-from rlhfscale.figures import StudyFigure, check_rungs
+from rlhfscale import roles
+from rlhfscale.figures import StudyFigure
 from rlhfscale.params import field
-from rlhfscale.recipe import Algorithm
 from rlhfscale.spec import Spec
+from rlhfscale.specs import Algorithm
 
 Ladder = Literal["ppo, equal prompts", "ppo, equal roll-outs", "grpo, equal prompts"]
 
@@ -21,18 +21,18 @@ class OnePolicy(StudyFigure):
 
     @model_validator(mode="after")
     def _check_policy_rung(self) -> Self:
-        check_rungs("policy_rung", (self.policy_rung,))
+        self.settings.check_rungs("policy_rung", (self.policy_rung,))
         return self
 
-    def before(self, seed: int) -> specs.Samples:
+    def before(self, seed: int) -> roles.Samples:
         """Sampled responses of the SFT model; the seed is that of the evaluation alone."""
         return self.settings.evaluation(self.settings.sft(self.policy_rung), seed)
 
-    def evaluation(self, policy: specs.Policy) -> specs.Samples:
+    def evaluation(self, policy: roles.Policy) -> roles.Samples:
         """Sampled responses of a trained policy to the same prompts."""
         return self.settings.evaluation(policy, policy.seed)
 
-    def policies(self) -> tuple[specs.Policy, ...]:
+    def policies(self) -> tuple[roles.Policy, ...]:
         """Every trained policy."""
         raise NotImplementedError
 
@@ -61,27 +61,27 @@ class RewardModelSize(OnePolicy):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        check_rungs("reward_model_rungs", self.reward_model_rungs)
+        self.settings.check_rungs("reward_model_rungs", self.reward_model_rungs)
         if self.best_of > self.num_samples:
             raise ValueError(f"best_of: {self.best_of} must be at most num_samples = {self.num_samples}")
         return self
 
-    def reward_model(self, rung: str, seed: int) -> specs.RewardModel:
+    def reward_model(self, rung: str, seed: int) -> roles.RewardModel:
         return self.settings.reward_model(rung, seed)
 
-    def policy(self, rung: str, seed: int) -> specs.Policy:
+    def policy(self, rung: str, seed: int) -> roles.Policy:
         """The policy trained by PPO against a reward model of the rung."""
         return self.settings.policy(self.policy_rung, rung, seed)
 
     @property
-    def samples(self) -> specs.Samples:
+    def samples(self) -> roles.Samples:
         """What best-of-N draws from, on the prompts on which PPO is evaluated."""
         return self.settings.many_samples(self.policy_rung, self.settings.eval_prompts, self.num_samples)
 
-    def scores(self, rung: str, seed: int) -> specs.Scores:
-        return specs.Scores(samples=self.samples, reward_model=self.reward_model(rung, seed))
+    def scores(self, rung: str, seed: int) -> roles.Scores:
+        return self.settings.scores(self.samples, self.reward_model(rung, seed))
 
-    def policies(self) -> tuple[specs.Policy, ...]:
+    def policies(self) -> tuple[roles.Policy, ...]:
         return tuple(self.policy(rung, seed) for rung, seed in product(self.reward_model_rungs, self.seeds))
 
     def specs(self) -> tuple[Spec, ...]:
@@ -112,7 +112,7 @@ class ResponsesPerPrompt(OnePolicy):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        check_rungs("reward_model_rung", (self.reward_model_rung,))
+        self.settings.check_rungs("reward_model_rung", (self.reward_model_rung,))
         for name, first in (("responses", 1), ("grpo_responses", 2), ("rollout_responses", 1)):
             sizes = getattr(self, name)
             if list(sizes) != [first * 2**power for power in range(len(sizes))]:
@@ -133,13 +133,13 @@ class ResponsesPerPrompt(OnePolicy):
             "grpo, equal prompts": self.grpo_responses,
         }
 
-    def policy(self, name: Ladder, responses: int, seed: int) -> specs.Policy:
+    def policy(self, name: Ladder, responses: int, seed: int) -> roles.Policy:
         algorithm, _, equal = name.partition(", equal ")
         prompts = self.num_prompts if equal == "prompts" else self.rollouts // responses
         about = {"algorithm": algorithm, "prompts": prompts, "responses": responses}
         return self.settings.policy(self.policy_rung, self.reward_model_rung, seed, **about)
 
-    def policies(self) -> tuple[specs.Policy, ...]:
+    def policies(self) -> tuple[roles.Policy, ...]:
         cells = [(name, size) for name, sizes in self.ladders().items() for size in sizes]
         return tuple(dict.fromkeys(self.policy(*cell, seed) for cell in cells for seed in self.seeds))
 
@@ -164,7 +164,7 @@ class Algorithms(OnePolicy):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        check_rungs("reward_model_rung", (self.reward_model_rung,))
+        self.settings.check_rungs("reward_model_rung", (self.reward_model_rung,))
         if len(set(self.algorithms)) < len(self.algorithms) or not {"ppo", "grpo"} <= {*self.algorithms}:
             raise ValueError(f"algorithms: {list(self.algorithms)} must hold ppo and grpo, and none twice")
         if len(set(self.responses)) < len(self.responses) or min(self.responses) < 2:
@@ -181,19 +181,19 @@ class Algorithms(OnePolicy):
             )
         return self
 
-    def policy(self, algorithm: Algorithm, responses: int, seed: int) -> specs.Policy:
+    def policy(self, algorithm: Algorithm, responses: int, seed: int) -> roles.Policy:
         about = {"algorithm": algorithm, "prompts": self.rollouts // responses, "responses": responses}
         return self.settings.policy(self.policy_rung, self.reward_model_rung, seed, **about)
 
-    def in_equal_time(self, algorithm: Algorithm, seed: int) -> specs.Policy:
+    def in_equal_time(self, algorithm: Algorithm, seed: int) -> roles.Policy:
         """The policy that had as long as those of the other algorithms."""
         updates = self.equal_time_updates[self.algorithms.index(algorithm)]
         return self.policy(algorithm, self.equal_time_responses, seed).changed(num_updates=updates)
 
-    def equal_rollouts(self) -> tuple[specs.Policy, ...]:
+    def equal_rollouts(self) -> tuple[roles.Policy, ...]:
         return tuple(self.policy(*cell) for cell in product(self.algorithms, self.responses, self.seeds))
 
-    def policies(self) -> tuple[specs.Policy, ...]:
+    def policies(self) -> tuple[roles.Policy, ...]:
         timed = (self.in_equal_time(*cell) for cell in product(self.algorithms, self.seeds))
         return tuple(dict.fromkeys([*self.equal_rollouts(), *timed]))
 
@@ -214,8 +214,8 @@ class LearningRates(StudyFigure):
     @model_validator(mode="after")
     def _check(self) -> Self:
         for name in ("reward_model_rung", "siblings_rung"):
-            check_rungs(name, (getattr(self, name),))
-        check_rungs("policy_rungs", self.policy_rungs)
+            self.settings.check_rungs(name, (getattr(self, name),))
+        self.settings.check_rungs("policy_rungs", self.policy_rungs)
         if list(self.rates) != sorted(set(self.rates)) or self.rates[0] <= 0:
             raise ValueError(f"rates: {list(self.rates)} must rise, from above 0")
         if self.common_rate not in self.rates:
@@ -231,7 +231,7 @@ class LearningRates(StudyFigure):
         """Algorithm and rung of each sweep."""
         return [*(("ppo", rung) for rung in self.policy_rungs), *((name, self.siblings_rung) for name in self.siblings)]
 
-    def policy(self, algorithm: Algorithm, rung: str, rate: float, seed: int) -> specs.Policy:
+    def policy(self, algorithm: Algorithm, rung: str, rate: float, seed: int) -> roles.Policy:
         about = {}
         if algorithm != "ppo":
             rollouts = self.settings.ppo_prompts * self.settings.ppo_responses
@@ -239,7 +239,7 @@ class LearningRates(StudyFigure):
         policy = self.settings.policy(rung, self.reward_model_rung, seed, algorithm=algorithm, **about)
         return policy.changed(policy_lr=rate)
 
-    def evaluation(self, policy: specs.Policy) -> specs.Samples:
+    def evaluation(self, policy: roles.Policy) -> roles.Samples:
         """Responses to the prompts on which the recipe was chosen, which no verdict is measured on."""
         return self.settings.evaluation(policy, policy.seed).changed(prompt_seed=0)
 

@@ -5,7 +5,6 @@ from typing import ClassVar, Self
 from pydantic import model_validator
 
 from rlhfscale import ladder, specs
-from rlhfscale.figures import check_rungs
 from rlhfscale.params import field
 from rlhfscale.spec import Spec
 from rlhfscale.stats.fits import MIN_POINTS
@@ -16,6 +15,7 @@ class ComputeReturns(OnePolicy):
     """C10: what each doubling of compute brings, spent on pretraining or on RLHF of the same policy."""
 
     figure: ClassVar[str] = "10_pretraining_vs_rlhf"
+    from_scratch: ClassVar[str] = "10_pretraining_vs_rlhf pretrains its rungs on different numbers of documents"
     title: ClassVar[str] = "RLHF returns less for each doubling of compute than pretraining"
     claims: ClassVar[tuple[str, ...]] = ("C10",)
 
@@ -32,8 +32,8 @@ class ComputeReturns(OnePolicy):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        check_rungs("reward_model_rung", (self.reward_model_rung,))
-        check_rungs("ladder_rungs", self.ladder_rungs)
+        self.settings.check_rungs("reward_model_rung", (self.reward_model_rung,))
+        self.settings.check_rungs("ladder_rungs", self.ladder_rungs)
         for name in ("documents", "updates"):
             values = getattr(self, name)
             if list(values) != sorted(set(values)) or values[0] < 1:

@@ -5,8 +5,8 @@ from typing import ClassVar, Self
 
 from pydantic import model_validator
 
-from rlhfscale import specs
-from rlhfscale.figures import StudyFigure, check_rungs
+from rlhfscale import roles, specs
+from rlhfscale.figures import StudyFigure
 from rlhfscale.params import field
 from rlhfscale.spec import Spec
 from rlhfscale.stats.fits import MIN_POINTS
@@ -29,7 +29,7 @@ class TrainingData(OnePolicy):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        check_rungs("reward_model_rung", (self.reward_model_rung,))
+        self.settings.check_rungs("reward_model_rung", (self.reward_model_rung,))
         if list(self.updates) != sorted(set(self.updates)) or self.updates[0] < 1:
             raise ValueError(f"updates: {list(self.updates)} must rise, from at least 1")
         if self.quarter not in self.updates or self.quarter * 4 != self.updates[-1]:
@@ -44,15 +44,15 @@ class TrainingData(OnePolicy):
     def training_prompts(self, updates: int) -> int:
         return updates * self.settings.ppo_prompts
 
-    def policy(self, updates: int, seed: int) -> specs.Policy:
+    def policy(self, updates: int, seed: int) -> roles.Policy:
         return self.settings.policy(self.policy_rung, self.reward_model_rung, seed).changed(num_updates=updates)
 
-    def weak(self, seed: int) -> specs.Policy:
+    def weak(self, seed: int) -> roles.Policy:
         """A policy that is hardly held to its reference."""
         policy = self.settings.policy(self.policy_rung, self.reward_model_rung, seed)
         return policy.changed(num_updates=self.weak_updates, kl_coefficient=self.weak_kl)
 
-    def policies(self) -> tuple[specs.Policy, ...]:
+    def policies(self) -> tuple[roles.Policy, ...]:
         by_size = [self.policy(*cell) for cell in product(self.updates, self.seeds)]
         return (*by_size, *map(self.weak, self.seeds))
 
@@ -74,14 +74,14 @@ class PromptsOrResponses(StudyFigure):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        check_rungs("reward_model_rung", (self.reward_model_rung,))
-        check_rungs("policy_rung", (self.policy_rung,))
+        self.settings.check_rungs("reward_model_rung", (self.reward_model_rung,))
+        self.settings.check_rungs("policy_rung", (self.policy_rung,))
         for name in ("labels", "responses"):
             values = getattr(self, name)
             if list(values) != sorted(set(values)) or values[0] < 2:
                 raise ValueError(f"{name}: {list(values)} must rise, from at least 2")
         for labels, size in product(self.labels, self.responses):
-            if labels % (size * len(self.settings.label_rungs)):
+            if labels % (size * self.settings.label_parts):
                 raise ValueError(f"labels: {labels} are no whole number of prompts with {size} responses of each rung")
             if self.batch_responses % size:
                 raise ValueError(f"batch_responses: {size} does not divide {self.batch_responses}")
@@ -93,22 +93,23 @@ class PromptsOrResponses(StudyFigure):
         """Labels and responses per prompt of each cell of the grid."""
         return list(product(self.labels, self.responses))
 
-    def reward_model(self, labels: int, responses: int, seed: int) -> specs.RewardModel:
+    def reward_model(self, labels: int, responses: int, seed: int) -> roles.RewardModel:
         """Cells of equal ``responses`` share their labelled samples: the smaller takes the first prompts."""
-        whole = self.settings.reward_model(self.reward_model_rung, seed)
-        share = self.labels[-1] // responses // len(whole.data)
-        return whole.changed(
-            data=tuple(part.changed(num_prompts=share, num_samples=responses) for part in whole.data),
-            num_prompts=labels // responses,
+        return self.settings.reward_model(
+            self.reward_model_rung,
+            seed,
+            labels // responses,
+            labelled_prompts=self.labels[-1] // responses,
+            responses=responses,
             prompts_per_batch=self.batch_responses // responses,
         )
 
     @property
-    def samples(self) -> specs.Samples:
+    def samples(self) -> roles.Samples:
         return self.settings.many_samples(self.policy_rung, self.settings.eval_prompts, self.num_samples)
 
-    def scores(self, labels: int, responses: int, seed: int) -> specs.Scores:
-        return specs.Scores(samples=self.samples, reward_model=self.reward_model(labels, responses, seed))
+    def scores(self, labels: int, responses: int, seed: int) -> roles.Scores:
+        return self.settings.scores(self.samples, self.reward_model(labels, responses, seed))
 
     def specs(self) -> tuple[Spec, ...]:
         cells = [(*cell, seed) for cell in self.cells() for seed in self.seeds]
@@ -125,6 +126,7 @@ class DataComposition(OnePolicy):
     """C7: reward models from mixes of three kinds of label, at two label budgets."""
 
     figure: ClassVar[str] = "07_data_composition"
+    from_scratch: ClassVar[str] = "07_data_composition needs labels of steps, and answers to its questions have none"
     title: ClassVar[str] = "The mix of reward-model data matters"
     claims: ClassVar[tuple[str, ...]] = ("C7",)
 
@@ -143,7 +145,7 @@ class DataComposition(OnePolicy):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        check_rungs("reward_model_rung", (self.reward_model_rung,))
+        self.settings.check_rungs("reward_model_rung", (self.reward_model_rung,))
         for mix in self.mixes:
             if min(mix) < 0 or abs(sum(mix) - 1) > 1e-6:
                 raise ValueError(f"mixes: {list(mix)} are not shares that sum to 1")
@@ -178,7 +180,7 @@ class DataComposition(OnePolicy):
         return self.settings.many_samples(self.policy_rung, self.settings.eval_prompts, self.num_samples)
 
     def scores(self, mix: Mix, prompts: int, seed: int) -> specs.Scores:
-        return specs.Scores(samples=self.samples, reward_model=self.reward_model(mix, prompts, seed))
+        return self.settings.scores(self.samples, self.reward_model(mix, prompts, seed))
 
     def policy(self, mix: Mix, seed: int) -> specs.Policy:
         policy = self.settings.policy(self.policy_rung, self.reward_model_rung, seed)

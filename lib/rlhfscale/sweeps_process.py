@@ -6,7 +6,6 @@ from typing import ClassVar, Literal, Self
 from pydantic import model_validator
 
 from rlhfscale import specs
-from rlhfscale.figures import check_rungs
 from rlhfscale.params import field
 from rlhfscale.recipe import FAMILIES
 from rlhfscale.spec import Spec
@@ -23,6 +22,7 @@ class ProcessSupervision(OnePolicy):
     """C8: outcome and process reward models from the same responses, on the task they were trained on and on others."""
 
     figure: ClassVar[str] = "08_process_supervision"
+    from_scratch: ClassVar[str] = "08_process_supervision needs labels of steps, and answers to its questions have none"
     title: ClassVar[str] = "Process supervision wins on its own task and generalises worse"
     claims: ClassVar[tuple[str, ...]] = ("C8",)
 
@@ -39,7 +39,7 @@ class ProcessSupervision(OnePolicy):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        check_rungs("reward_model_rungs", self.reward_model_rungs)
+        self.settings.check_rungs("reward_model_rungs", self.reward_model_rungs)
         if self.ppo_rung not in self.reward_model_rungs:
             raise ValueError(f"ppo_rung: {self.ppo_rung!r} is not among reward_model_rungs")
         if self.labelled_prompts % len(self.settings.label_rungs):
@@ -72,7 +72,7 @@ class ProcessSupervision(OnePolicy):
         return self.settings.many_samples(self.policy_rung, self.settings.eval_prompts, self.num_samples)
 
     def scores(self, kind: Kind, rung: str, trained_on: str, seed: int) -> specs.Scores:
-        return specs.Scores(samples=self.samples, reward_model=self.reward_model(kind, rung, trained_on, seed))
+        return self.settings.scores(self.samples, self.reward_model(kind, rung, trained_on, seed))
 
     def policy(self, kind: Kind, seed: int) -> specs.Policy:
         """The policy trained against a reward model of `ppo_rung` that was trained on every family."""

@@ -1,5 +1,6 @@
 """A reward model without a model of its own: an adapter on the base that policy, reference and critic share."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,16 @@ class SharedReward:
         where = read_at(sequences[first], self.readout)
         read = scorer.read_head(self._states, self._head, sequences[first], where, self.tokens_per_micro_batch)
         return by_sequence(read, where).cpu().numpy()[inverse]
+
+    def calibrate(self, scores: np.ndarray) -> None:
+        """Set the mean and standard deviation of raw scores over reference responses, in the folder too.
+
+        Raises ValueError where all scores are equal: such a model says nothing.
+        """
+        self.mean, self.std = moments(float(scores.mean()), float(scores.std()))
+        about, _ = scorer.saved(self.folder)
+        about |= {"mean": self.mean, "std": self.std}
+        (self.folder / "reward.json").write_text(json.dumps(about))
 
     def _states(self, ids, where, prompt_lengths, lengths) -> torch.Tensor:
         return self._networks.hidden_at(ids, where, REWARD, prompt_lengths, lengths)

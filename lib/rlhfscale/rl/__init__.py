@@ -5,4 +5,7 @@ from rlhfscale.rl.grpo import GRPO
 from rlhfscale.rl.ppo import PPO
 from rlhfscale.rl.rloo import RLOO
 
-__all__ = ["GRPO", "PPO", "RLOO", "GRPOConfig", "PPOConfig", "RLOOConfig"]
+TRAINERS = {"ppo": (PPO, PPOConfig), "grpo": (GRPO, GRPOConfig), "rloo": (RLOO, RLOOConfig)}
+"""By algorithm, the trainer and the type of its hyper-parameters."""
+
+__all__ = ["GRPO", "PPO", "RLOO", "TRAINERS", "GRPOConfig", "PPOConfig", "RLOOConfig"]

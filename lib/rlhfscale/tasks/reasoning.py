@@ -21,8 +21,14 @@ TASKS: dict[str, dict[str, Any]] = {
     "gcd": {"min_numbers": 2, "max_numbers": 2, "min_value": 2, "max_value": 20},
     "lcm": {"min_numbers": 2, "max_numbers": 2, "min_value": 2, "max_value": 12},
     "letter_counting": {"min_words": 2, "max_words": 2},
+    "chain_sum_hard": {"min_terms": 5, "max_terms": 5, "min_digits": 3, "max_digits": 3},
+    "products_hard": {"min_terms": 2, "max_terms": 2, "min_digits": 3, "max_digits": 3},
+    "gcd_hard": {"min_numbers": 2, "max_numbers": 2, "min_value": 100, "max_value": 999},
+    "lcm_hard": {"min_numbers": 2, "max_numbers": 2, "min_value": 20, "max_value": 99},
+    "letter_counting_hard": {"min_words": 16, "max_words": 16},
 }
-"""Settings of each reasoning-gym generator."""
+"""Settings of each task's reasoning-gym generator. The hard ones, answered without a step in between, are for models of
+billions of parameters, to which the others leave nothing to learn."""
 
 HELD_OUT_SHARE = 0.4
 ATTEMPTS = 40
@@ -61,7 +67,7 @@ def questions(task: str, split: str, count: int, seed: int) -> list[Question]:
         raise ValueError(f"tasks: {task!r} is not one of {', '.join(TASKS)}")
     if split not in ("train", "eval"):
         raise ValueError(f"split: {split!r} is not one of 'train', 'eval'")
-    stream = _gym().create_dataset(task, size=ATTEMPTS * count, seed=seed, **TASKS[task])
+    stream = _gym().create_dataset(_generator(task), size=ATTEMPTS * count, seed=seed, **TASKS[task])
     found: list[Question] = []
     seen: set[str] = set()
     for entry in stream:
@@ -75,6 +81,11 @@ def questions(task: str, split: str, count: int, seed: int) -> list[Question]:
     raise ValueError(
         f"{task}: only {len(found)} of {count} {split} questions in {ATTEMPTS * count} draws; ask for less"
     )
+
+
+def _generator(task: str) -> str:
+    """The name of a task's generator in reasoning-gym."""
+    return task.removesuffix("_hard")
 
 
 def is_held_out(text: str) -> bool:
@@ -99,13 +110,13 @@ def is_bare(question: Question, response: str) -> bool:
 
 
 def _verdict(question: Question, answer: str) -> bool:
-    entry = {"answer": question.answer, "metadata": {"source_dataset": question.task}}
+    entry = {"answer": question.answer, "metadata": {"source_dataset": _generator(question.task)}}
     return bool(answer) and _verifier(question.task)(answer, entry) == 1.0
 
 
 @lru_cache
 def _verifier(task: str):
-    return _gym().create_dataset(task, size=1, seed=0, **TASKS[task]).score_answer
+    return _gym().create_dataset(_generator(task), size=1, seed=0, **TASKS[task]).score_answer
 
 
 def _gym():

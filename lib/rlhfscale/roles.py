@@ -1,0 +1,9 @@
+"""The specs of each role in the study, on the ladder trained from scratch and on that of published checkpoints."""
+
+from rlhfscale import language, specs
+
+SFT = specs.SFT | language.Tuned
+RewardModel = specs.RewardModel | language.AnswerReward
+Policy = specs.Policy | language.Aligned
+Samples = specs.Samples | language.Answers
+Scores = specs.Scores | language.AnswerScores
