@@ -126,9 +126,7 @@ class DataComposition(OnePolicy):
     """C7: reward models from mixes of three kinds of label, at two label budgets."""
 
     figure: ClassVar[str] = "07_data_composition"
-    from_scratch: ClassVar[str] = (
-        "07_data_composition needs labels of steps, and answers to its questions have none"
-    )
+    from_scratch: ClassVar[str] = "07_data_composition needs labels of steps, and answers to its questions have none"
     title: ClassVar[str] = "The mix of reward-model data matters"
     claims: ClassVar[tuple[str, ...]] = ("C7",)
 
