@@ -88,16 +88,43 @@ def plan(
     figure: Figures = None,
     workers: Workers = 2,
     store: StoreFolder = None,
+    gpu: Annotated[
+        str | None, typer.Option(help="Plan for h100-80gb, a100-80gb, l4-24gb or rtx4090-24gb. [default: the tier's]")
+    ] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="Of these GPUs. [default: the tier's]")] = None,
+    mfu: Annotated[float, typer.Option(min=0.01, max=1, help="Share of the GPUs' peak that training reaches.")] = 0.35,
+    bandwidth_use: Annotated[
+        float, typer.Option(min=0.01, max=1, help="Share of the memory's bandwidth that decoding reaches.")
+    ] = 0.5,
+    micro_batch_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens computed at a time. [default: the most that fit]")
+    ] = None,
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="Keep only layers' inputs for the backward pass.")
+    ] = False,
+    usd_per_gpu_hour: Annotated[float | None, typer.Option(min=0, help="Price.")] = None,
+    simulate: Annotated[str, typer.Option(help="Play the plan through on so many GPUs, such as 8,64,512.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Say what `run` would compute and how long it should take, and compute nothing.
+    """Say what `run` would compute and what it takes, and compute nothing.
 
-    Example: `rlhfscale plan --tier laptop --workers 4`
+    For GPUs: memory of each kind of stage in parts, GPUs, FLOPs, GPU-hours, price. A plan that the GPUs cannot hold is
+    refused, with what would fit.
+
+    Examples:
+
+    - `rlhfscale plan --tier laptop --workers 4`
+    - `rlhfscale plan --tier paper --gpu h100-80gb --gpus 64 --usd-per-gpu-hour 2.5 --simulate 8,64,512`
     """
+    options = {name: value for name, value in locals().items() if name not in ("tier", "figure", "workers", "store")}
     with _errors() as console:
         figures = _load(tier, figure, paths.results_root())
         todo = runner.plan(figures, Store(store), workers)
-        console.print(runner.plan_table(figures, todo))
-        console.print(todo)
+        if not as_json:
+            console.print(runner.plan_table(figures, todo))
+        from rlhfscale.planning import command
+
+        command.run(tier, todo, console, command.Asked(**options))
 
 
 @app.command()

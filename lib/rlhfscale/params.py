@@ -151,11 +151,9 @@ def check_notebook_parameters(notebook: str | Path, params: FigureParams) -> Non
     notebook = Path(notebook)
     if not notebook.is_file():
         raise ParamsError(f"{_short(notebook)}: no such notebook")
-    from papermill import inspect_notebook  # slow to import
-
     try:
-        cell = inspect_notebook(notebook)
-    except Exception as error:  # papermill and nbformat have no common base for a file that is no notebook
+        cell = _parameters_cell(notebook)
+    except (ValueError, LookupError, TypeError, SyntaxError) as error:
         raise ParamsError(f"{_short(notebook)}: not a readable notebook: {type(error).__name__}: {error}") from None
     names = params.resolved().keys()
     if not cell and names:
@@ -166,9 +164,26 @@ def check_notebook_parameters(notebook: str | Path, params: FigureParams) -> Non
     for name, value in params.resolved().items():
         if name not in cell:
             raise ParamsError(f"{_short(notebook)}: {name}: missing from the parameters cell")
-        if name not in params.model_fields_set and not _same(cell[name]["default"], value):
-            default = cell[name]["default"]
+        if name not in params.model_fields_set and not _same(cell[name], value):
+            default = cell[name]
             raise ParamsError(f"{_short(notebook)}: {name}: default {default} differs from the schema's {value!r}")
+
+
+def _parameters_cell(notebook: Path) -> dict[str, str]:
+    """The names that the cell tagged ``parameters`` assigns, and the source of their values; none without such a cell.
+
+    papermill.inspect_notebook would do, but takes seconds to import.
+    """
+    cells = json.loads(notebook.read_text())["cells"]
+    tagged = [cell["source"] for cell in cells if "parameters" in cell["metadata"].get("tags", ())]
+    statements = ast.parse("".join(tagged[0])).body if tagged else []
+    return {
+        target.id: ast.unparse(statement.value)
+        for statement in statements
+        if isinstance(statement, ast.Assign)
+        for target in statement.targets
+        if isinstance(target, ast.Name)
+    }
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

@@ -21,7 +21,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import numpy as np
-from scipy import stats
+from scipy.special import stdtrit  # not scipy.stats, which takes a second to import and plans would wait for
 
 Values = Any  # an array, or a dict or tuple of arrays, that share their last one or two axes
 Statistic = Callable[[Values], Any]
@@ -197,7 +197,7 @@ def _interval(estimate, components, degrees, confidence, **about) -> Interval:
     inverse_df = sum(c**2 / df for c, df in zip(components, degrees, strict=True))
     df = np.divide(variance**2, inverse_df, out=np.ones_like(variance), where=spread)
     std_error = np.sqrt(variance)
-    half = stats.t.ppf(0.5 + confidence / 2, df) * std_error
+    half = stdtrit(df, 0.5 + confidence / 2) * std_error
     share = np.divide(components[0], variance, out=np.ones_like(variance), where=spread)
     numbers = {
         "estimate": estimate,

@@ -1,0 +1,356 @@
+"""Floating-point operations and bytes of passes through a decoder, by formula.
+
+Operations are counted as torch's FlopCounterMode does: a multiplication and an addition are two, attention as if dense
+(Kaplan et al. 2020, table 1, with the pieces that it leaves out). Bytes are those of the tensors that live at the same
+time (Korthikanti et al. 2022, section 4, does the sum for another layer). Tests hold both against torch's own counts on
+small models, and `bench.planned` against whole stages.
+
+A decoder is computed in one of two ways. ``fused``, a Llama on a CPU (`rlhfscale.llama`): equal prompts once, the last
+layer after its attention only where it is read, one node of autograd a layer. ``plain``, on a GPU: transformers' layers
+with `rlhfscale.lora`'s products. No torch here.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from rlhfscale.shapes import Shape
+
+Precision = Literal["fp32", "bf16", "nf4"]
+Kernels = Literal["fused", "plain"]
+Head = Literal["vocabulary", "scalar"]
+
+BYTES = {"fp32": 4.0, "bf16": 2.0, "nf4": 0.5 + 1 / 64 + 4 / (64 * 256)}
+"""Of a weight. NF4 has blocks of 64 with a scale of 8 bits, and of these blocks of 256 with one in float32 (Dettmers et
+al. 2023, section 3)."""
+ADAM_BYTES = 12.0
+"""Gradient and two moments of a float32 parameter."""
+MUON_BYTES = 8.0
+"""Gradient and momentum of a float32 parameter."""
+NEWTON_SCHULZ_STEPS = 5
+CACHED_TOKENS = 2304
+"""Tokens that go through a fused decoder together, see `llama.CACHED_TOKENS`."""
+LEAST_KEYS = 16
+"""See `llama.LANES`."""
+WIDEST_PACK = 512
+"""See `packing.WIDEST`."""
+LOGITS = 2**22
+"""Logits held at a time where a frozen head is read, see `rl.logprobs.CHUNK`."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """A decoder in memory, with what it carries.
+
+    Attributes:
+        shape: of the decoder.
+        stored: precision of the linear layers; embeddings and norms are in bfloat16 where that is nf4.
+        compute: what the layers compute in.
+        rank: of its adapters.
+        trained, frozen: adapters that are trained, and that are only read.
+        whole: whether all weights are trained, matrices by Muon and the rest by AdamW.
+        reads_base: whether the base is also read by itself, as a reference.
+    """
+
+    shape: Shape
+    stored: Precision
+    compute: Literal["fp32", "bf16"]
+    rank: int = 0
+    trained: int = 0
+    frozen: int = 0
+    whole: bool = False
+    reads_base: bool = False
+
+    @property
+    def merges(self) -> bool:
+        """Whether fused layers form a sum of weight and adapter for each adapter (see `lora.Projection.weight`)."""
+        return self.stored == "fp32"
+
+    @property
+    def element(self) -> float:
+        """Bytes of an activation."""
+        return BYTES[self.compute]
+
+    @property
+    def base_bytes(self) -> float:
+        """The weights as stored."""
+        shape = self.shape
+        return BYTES[self.stored] * shape.num_linear + (4.0 if self.stored == "fp32" else 2.0) * (
+            shape.num_params - shape.num_linear
+        )
+
+    @property
+    def adapter_bytes(self) -> float:
+        """Adapters, in float32 whatever the base is."""
+        return 4.0 * (self.trained + self.frozen) * self.shape.adapter_params(self.rank)
+
+    @property
+    def learner_bytes(self) -> float:
+        """Gradients and the optimiser's state."""
+        if self.whole:
+            shape = self.shape
+            return MUON_BYTES * shape.num_linear + ADAM_BYTES * (shape.num_params - shape.num_linear)
+        return ADAM_BYTES * self.trained * self.shape.adapter_params(self.rank)
+
+    def copies_bytes(self, kernels: Kernels) -> float:
+        """Weights and adapters in what is computed in, kept from one optimiser step to the next."""
+        adapters = self.trained + self.frozen
+        if self.merges and kernels == "fused":
+            sums = adapters + (self.reads_base and self.compute != "fp32")
+            return sums * self.element * self.shape.num_linear
+        return 2.0 * adapters * self.shape.adapter_params(self.rank)
+
+    def layer_bytes(self) -> float:
+        """Weights of one layer in what is computed in: what a device holds for a moment of a sharded base."""
+        return self.element * self.shape.num_linear / self.shape.layers
+
+    @property
+    def storage_bytes(self) -> dict[str, float]:
+        """On disk: ``weights`` in what is computed in, and ``adapter``, one of them."""
+        return {
+            "weights": BYTES[self.compute] * self.shape.num_params,
+            "adapter": 4.0 * self.shape.adapter_params(self.rank),
+        }
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Sequences that are computed.
+
+    Attributes:
+        count: how many.
+        prompt, response: tokens of each, on average.
+        group: how many of them share a prompt.
+        read: where the last states are used: at every token, at those that predict the response, or at the last.
+        longest: tokens of the longest, prompt and response; for memory.
+    """
+
+    count: float
+    prompt: float
+    response: float
+    group: float = 1.0
+    read: Literal["all", "response", "last"] = "response"
+    longest: float = 0.0
+
+    @property
+    def length(self) -> float:
+        return self.prompt + self.response
+
+    @property
+    def num_read(self) -> float:
+        return self.count * {"all": self.length, "response": self.response, "last": 1.0}[self.read]
+
+    def packed(self, kernels: Kernels) -> "Rows":
+        """Responses to one prompt as a sequence of their own where that is how they are computed.
+
+        The result's ``response`` holds those of a whole pack.
+        """
+        if kernels == "plain" or self.group == 1:
+            return replace(self, group=1.0)
+        room = max(1.0, (WIDEST_PACK - self.prompt) // max(1.0, self.response))
+        group = min(self.group, room)
+        return replace(self, count=self.count / group, response=group * self.response, group=1.0)
+
+    def tokens(self, kernels: Kernels) -> float:
+        packed = self.packed(kernels)
+        return packed.count * packed.length
+
+    def keys(self, kernels: Kernels) -> float:
+        """Keys that a query's product goes over."""
+        length = self.packed(kernels).length
+        return max(length, LEAST_KEYS) if kernels == "fused" else length
+
+    def pairs(self, kernels: Kernels) -> float:
+        """Queries times keys."""
+        return self.tokens(kernels) * self.keys(kernels)
+
+    def share(self, factor: float) -> "Rows":
+        return replace(self, count=factor * self.count)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Rows read by a network, and learnt from with ``gradients``.
+
+    Attributes:
+        adapter: whether an adapter is on; the network's weights are read as they are without.
+        head: what is read off the last states: a word's probability, a number, or nothing.
+        times: how often.
+    """
+
+    network: Network
+    rows: Rows
+    adapter: bool = False
+    head: Head | None = None
+    gradients: bool = False
+    times: float = 1.0
+
+    def forward(self, kernels: Kernels) -> float:
+        """FLOPs of one forward pass."""
+        shape, rows = self.network.shape, self.rows
+        tokens, pairs, read = rows.tokens(kernels), rows.pairs(kernels), rows.num_read
+        adapters = 2.0 * self._applied * tokens
+        attention = 4.0 * shape.layers * shape.heads * shape.head_width * pairs
+        return 2.0 * shape.num_linear * tokens - self._unread(kernels) + adapters + attention + self._head(read)
+
+    def backward(self, kernels: Kernels) -> float:
+        """FLOPs of one backward pass."""
+        network, rows = self.network, self.rows
+        shape, tokens = network.shape, rows.tokens(kernels)
+        attention = 2 if kernels == "fused" and self.keeps_chances else 2.5  # a fused kernel forms the scores again
+        attention *= 4.0 * shape.layers * shape.heads * shape.head_width * rows.pairs(kernels)
+        linear = 2.0 * shape.num_linear * tokens - self._unread(kernels)
+        if network.whole:
+            head = 2 * self._head(rows.num_read) if self.head == "vocabulary" else self._head(rows.num_read)
+            return 2 * linear + attention + head
+        # the first layer's queries, keys and values: their input is an embedding, which learns nothing
+        first = 2.0 * sum(a * b for a, b in shape.linear_sizes[:3]) * tokens
+        head = self._head(rows.num_read) if self.head == "vocabulary" else 0.0
+        return linear - first + attention + head + 4.0 * shape.adapter_params(network.rank) * tokens
+
+    def flops(self, kernels: Kernels, checkpointing: bool = False) -> float:
+        total = self.forward(kernels)
+        if self.gradients:
+            total += self.backward(kernels) + (self.forward(kernels) if checkpointing else 0.0)
+        return self.times * total
+
+    @property
+    def keeps_chances(self) -> bool:
+        """Whether fused layers keep attention's probabilities (see `llama.LayerPass`)."""
+        shape = self.network.shape
+        return shape.heads * self.rows.keys("fused") <= 4 * shape.feed_forward
+
+    @property
+    def _applied(self) -> float:
+        """Parameters of the adapters that are multiplied by, rather than part of the weights."""
+        network = self.network
+        return network.shape.adapter_params(network.rank) if self.adapter and not network.merges else 0.0
+
+    def _unread(self, kernels: Kernels) -> float:
+        """FLOPs that fused layers leave out: of the last layer, at tokens that nobody reads."""
+        if kernels == "plain":
+            return 0.0
+        behind = sum(a * b for a, b in self.network.shape.linear_sizes[3:])
+        return 2.0 * behind * max(0.0, self.rows.tokens(kernels) - self.rows.num_read)
+
+    def _head(self, read: float) -> float:
+        outputs = {"vocabulary": self.network.shape.vocab, "scalar": 1, None: 0}[self.head]
+        return 2.0 * outputs * self.network.shape.width * read
+
+    def kept_bytes(self, kernels: Kernels, tokens: float, checkpointing: bool) -> float:
+        """What autograd keeps for the backward pass of so many tokens."""
+        shape, e = self.network.shape, self.network.element
+        read = min(tokens, tokens * self.rows.num_read / max(1.0, self.rows.tokens(kernels)))
+        heads, width = shape.heads * shape.head_width, shape.width
+        final = (3 * e + 8 + e) * width * read  # norm's input in float32, its states, and where they are put in order
+        if checkpointing:
+            one = self._layer_bytes(kernels, tokens, tokens)
+            return e * width * tokens * shape.layers + one + final
+        if kernels == "plain":
+            return shape.layers * self._layer_bytes(kernels, tokens, tokens) + final
+        last = self._layer_bytes(kernels, tokens, read)
+        assert heads
+        return (shape.layers - 1) * self._layer_bytes(kernels, tokens, tokens) + last + final
+
+    def _layer_bytes(self, kernels: Kernels, tokens: float, read: float) -> float:
+        """Kept of one layer. The terms name what `LayerPass` saves, or what transformers' operations save."""
+        shape, e = self.network.shape, self.network.element
+        query, kv = shape.heads * shape.head_width, shape.kv_heads * shape.head_width
+        rank = 0 if self.network.whole or (self.network.merges and kernels == "fused") else self.network.rank
+        if kernels == "plain":
+            norms = 2 * (4 + e) * shape.width  # float32 input of the norm, and what it gives to the products
+            attention = e * (2 * query + 2 * kv + query)  # q, k, v, mixed values, and those in the products' order
+            gates = 4 * e * shape.feed_forward  # gate, silu(gate), up and their product
+            return tokens * (norms + attention + gates + 7 * e * rank)
+        chances = shape.heads * self.rows.keys(kernels) if self.keeps_chances else 0.0
+        before = shape.width + (query + 2 * kv) + (query + kv) + chances + 3 * rank  # x, qkv, rotated qk
+        after = query + shape.width + 2 * shape.feed_forward + 4 * rank  # mixed values, middle, gate and up
+        return tokens * (e * before + 4) + read * (e * after + 4)
+
+    def passing_bytes(self, kernels: Kernels, tokens: float) -> float:
+        """Intermediate results that are gone when the pass is over; with gradients, those of the backward pass."""
+        shape, e = self.network.shape, self.network.element
+        query, kv = shape.heads * shape.head_width, shape.kv_heads * shape.head_width
+        together = min(tokens, CACHED_TOKENS) if kernels == "fused" else tokens
+        keys = self.rows.keys(kernels)
+        layer = 4 * shape.width + 2 * (query + 2 * kv) + 3 * shape.feed_forward
+        if self.gradients:
+            layer += 4 * shape.width + 2 * query + 3 * shape.feed_forward
+        if kernels == "fused":  # scores in what is computed in and in float32, and probabilities
+            layer += (2 + 4 / e) * shape.heads * keys
+        read = together * self.rows.num_read / max(1.0, self.rows.tokens(kernels))
+        logits = min(LOGITS, shape.vocab * read) * (8 + 2 * e) if self.head == "vocabulary" else 0.0
+        weight = 0.0
+        if self.network.stored == "nf4":  # one projection's weights in bfloat16
+            weight = 2.0 * max(e * a * b for a, b in shape.linear_sizes) * (2 if kernels == "fused" else 1) / e
+        return max(e * layer * together + weight, logits)
+
+
+@dataclass(frozen=True)
+class Decode:
+    """Responses sampled token by token with a cache of keys and values.
+
+    Attributes:
+        rows: prompts and responses; ``group`` responses to a prompt, which is read once.
+        batch: requests decoded together.
+        idle: steps computed for each token that is kept: requests that have ended stay until half have.
+        longest: tokens of the longest prompt and response.
+    """
+
+    network: Network
+    rows: Rows
+    batch: float
+    adapter: bool = True
+    idle: float = 1.0
+    times: float = 1.0
+
+    def flops(self, kernels: Kernels, checkpointing: bool = False) -> float:
+        shape, rows = self.network.shape, self.rows
+        prompts = rows.count / rows.group * rows.prompt
+        steps = rows.count * max(0.0, rows.response - 1) * self.idle
+        adapter = 2.0 * shape.adapter_params(self.network.rank)
+        adapter = adapter if self.adapter and not (self.network.merges and kernels == "fused") else 0.0
+        width = 4.0 * shape.layers * shape.heads * shape.head_width
+        attention = width * (prompts * rows.prompt + steps * (rows.prompt + rows.response / 2))
+        head = 2.0 * shape.num_head * (rows.count / rows.group + steps)
+        return self.times * ((2.0 * shape.num_linear + adapter) * (prompts + steps) + attention + head)
+
+    @property
+    def steps(self) -> float:
+        """Steps of decoding after prompts are read, one batch after the other."""
+        return self.times * -(-self.rows.count // self.batch) * max(1.0, self.rows.response - 1) * self.idle
+
+    def cache_bytes(self, batch: float | None = None) -> float:
+        """Keys and values of a batch."""
+        shape = self.network.shape
+        capacity = self.rows.longest or self.rows.length
+        capacity += -capacity % LEAST_KEYS
+        position = 2 * shape.layers * shape.kv_heads * shape.head_width * self.network.element
+        return (self.batch if batch is None else batch) * capacity * position
+
+    def passing_bytes(self, kernels: Kernels, batch: float | None = None) -> float:
+        """Weights laid out for decoding, prompts on their way through the layers, and logits."""
+        shape, e = self.network.shape, self.network.element
+        batch = min(self.batch if batch is None else batch, self.rows.count)
+        packed = 0.0
+        if kernels == "fused" and self.network.compute == "bf16":
+            packed = 2.0 * (shape.num_linear + shape.num_head)
+        prompts = batch / self.rows.group * self.rows.prompt
+        query, kv = shape.heads * shape.head_width, shape.kv_heads * shape.head_width
+        layer = e * (4 * shape.width + 3 * (query + kv) + 4 * shape.feed_forward)
+        layer += (e + 4) * shape.heads * self.rows.prompt
+        logits = batch * shape.vocab * (e + (e if kernels == "fused" else 8))
+        return packed + max(prompts * layer, logits)
+
+
+def muon_flops(shape: Shape) -> float:
+    """FLOPs of one step of `optim.BatchedMuon` on all matrices of the decoder: five Newton-Schulz steps each."""
+    per_layer = 0.0
+    for inputs, outputs in shape.linear_sizes:
+        small, large = min(inputs, outputs), max(inputs, outputs)
+        per_layer += NEWTON_SCHULZ_STEPS * (4.0 * small**2 * large + 2.0 * small**3)
+    return shape.layers * per_layer
+
+
+def merge_flops(network: Network) -> float:
+    """FLOPs of forming the sums of weight and adapters once, see `Network.merges`."""
+    return 2.0 * network.rank * network.shape.num_linear * network.trained if network.merges else 0.0
