@@ -107,12 +107,25 @@ def test_a_sweep_of_responses_moves_nothing_else():
         for size in sizes:
             policy, usual = found.policy(name, size, seed=1), recipe.policy("55k", "150k", 1)
             assert all(getattr(policy, field) == getattr(usual, field) for field in fixed)
-            assert policy.policy_lr == getattr(recipe, f"{policy.algorithm}_policy_lr")
+            assert policy.policy_lr == recipe.policy_lr(policy.algorithm, "55k")
             rollouts = policy.prompts_per_update * policy.responses_per_prompt
             assert rollouts / policy.minibatch_size == recipe.steps_per_epoch == 2
             assert policy.responses_per_prompt == size and policy.algorithm == name[: name.index(",")]
             assert (policy.prompts_per_update if "prompts" in name else rollouts) == (64 if "prompts" in name else 256)
     assert found.policy("ppo, equal roll-outs", 1, 1).key == recipe.policy("55k", "150k", 1).key
+
+
+def test_a_rung_may_have_a_rate_of_its_own():
+    recipe = Recipe.load("laptop").model_copy(update={"ppo_policy_lr_of": {"14k": 0.5}})
+    assert recipe.policy("14k", "150k", 1).policy_lr == 0.5
+    assert recipe.policy("55k", "150k", 1).policy_lr == recipe.ppo_policy_lr
+    assert recipe.policy("14k", "150k", 1, algorithm="rloo", responses=2).policy_lr == recipe.rloo_policy_lr
+
+
+@pytest.mark.parametrize(("rates", "words"), [({"15k": 0.1}, "ppo_policy_lr_of: .*15k"), ({"14k": 0.0}, "above 0")])
+def test_a_rate_of_no_rung_and_no_rate_are_refused(rates, words):
+    with pytest.raises(ValueError, match=words):
+        Recipe(**Recipe.load("laptop").model_dump() | {"ppo_policy_lr_of": rates})
 
 
 def test_figures_use_neither_the_seed_nor_the_prompts_the_settings_were_chosen_on():
@@ -244,7 +257,7 @@ def test_every_recipe_setting_changes_some_artifact():
 
     before = keys(recipe)
     for name, value in recipe.model_dump().items():
-        changed = {"reward_readout": "last", "ppo_critic": "trunk"}.get(name)
+        changed = {"reward_readout": "last", "ppo_critic": "trunk", "ppo_policy_lr_of": {"25k": 0.5}}.get(name)
         if changed is None:
             changed = ("25k",) if name == "label_rungs" else value * 2 if value and value < 0.5 else value + 1
         if name == "ppo_prompts":

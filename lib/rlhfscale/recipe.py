@@ -59,6 +59,7 @@ class Recipe(BaseModel):
         description="value head on the policy's trunk or on an own adapter"
     )
     ppo_policy_lr: float = Field(gt=0, description="AdamW rate of the policy's adapter")
+    ppo_policy_lr_of: dict[str, float] = Field(description="the same of rungs that have a rate of their own")
     ppo_critic_lr: float = Field(gt=0, description="AdamW rate of the value head, and of a separate critic's adapter")
     ppo_value_coefficient: float = Field(gt=0, description="weight of the value loss where the trunk is shared")
     ppo_kl: float = Field(ge=0, description="KL coefficient, in standard deviations of the score for a nat")
@@ -89,6 +90,9 @@ class Recipe(BaseModel):
     @model_validator(mode="after")
     def _rungs_on_ladder(self) -> Self:
         self.check_rungs("label_rungs", self.label_rungs)
+        self.check_rungs("ppo_policy_lr_of", tuple(self.ppo_policy_lr_of))
+        if bad := [rung for rung, rate in self.ppo_policy_lr_of.items() if rate <= 0]:
+            raise ValueError(f"ppo_policy_lr_of: rates must be above 0, not those of {', '.join(bad)}")
         return self
 
     @model_validator(mode="after")
@@ -204,6 +208,11 @@ class Recipe(BaseModel):
         """Optimiser steps in a pass over an update's roll-outs, the same whatever their number."""
         return self.ppo_prompts * self.ppo_responses // self.ppo_minibatch
 
+    def policy_lr(self, algorithm: Algorithm, rung: str) -> float:
+        """AdamW rate of a policy's adapter."""
+        common = getattr(self, f"{algorithm}_policy_lr")
+        return self.ppo_policy_lr_of.get(rung, common) if algorithm == "ppo" else common
+
     def policy(
         self,
         rung: str,
@@ -240,7 +249,7 @@ class Recipe(BaseModel):
             responses_per_prompt=responses,
             epochs=self.ppo_epochs,
             minibatch_size=max(1, prompts * responses // self.steps_per_epoch),
-            policy_lr=getattr(self, f"{algorithm}_policy_lr"),
+            policy_lr=self.policy_lr(algorithm, rung),
             kl_coefficient=getattr(self, f"{algorithm}_kl"),
             clip=self.ppo_clip,
             temperature=1.0,
