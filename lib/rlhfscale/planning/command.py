@@ -61,7 +61,8 @@ def run(tier: str, todo: grid.Plan, console: Console, asked: Asked) -> None:
     if asked.as_json:
         typer.echo(json.dumps(costs.to_json(found, simulations, tier=tier), indent=1, allow_nan=False))
         return
-    console.print(report.stages_table(found))
+    console.print(report.memory_table(found))
+    console.print(report.work_table(found))
     if simulations:
         console.print(report.simulations_table(simulations))
 

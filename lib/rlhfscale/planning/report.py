@@ -2,61 +2,64 @@
 
 from collections.abc import Mapping
 
+from rich import box
 from rich.table import Table
 
 from rlhfscale import grid
 from rlhfscale.planning.costs import RUNTIME_BYTES, StageCost, TierCost, model_of, precision_of
 from rlhfscale.planning.memory import Layout, peak
 from rlhfscale.planning.schedule import Simulation
-from rlhfscale.planning.workloads import TOKENS_PER_PASS, workload
-
-Group = tuple[str, str, str]
+from rlhfscale.planning.workloads import TOKENS_PER_PASS, has_model, workload
 
 
-def stages_table(cost: TierCost) -> Table:
-    """A row for each kind of stage, model and precision; memory is that of the one that takes most."""
+def memory_table(cost: TierCost) -> Table:
+    """What a GPU holds at the peak: a row for each kind of stage and model, of the one that takes most."""
     options = cost.options
-    table = Table("stage", "model", "", title=f"{options.hardware.name}, at most {options.gpus}")
-    for name in ("to run", "GPUs", "GB a GPU", "weights", "learning", "activations", "cache", "micro-batch"):
+    table = _table(f"Memory, GB of a GPU: {options.hardware.name}, at most {options.gpus}", "stage", "model")
+    for name in ("GPUs", "in all", "base", "learned", "kept", "cache", "tokens at a time"):
         table.add_column(name, justify="right")
-    for name in ("PFLOPs", "M tokens", "hours each", "GPU-hours", "GB kept"):
-        table.add_column(name, justify="right")
-    if cost.usd is not None:
-        table.add_column("USD", justify="right")
-    for (stage, model, precision), group in _groups(cost).items():
+    for (stage, model), group in _groups(cost).items():
         most = max(group, key=lambda each: each.memory.total)
-        table.add_row(stage, model, precision, *_row(group, most, options.usd_per_gpu_hour))
-    table.add_section()
-    every = list(cost.stages.values())
-    if every:
-        widest = max(each.gpus for each in every)
-        sums = [_sum(every, "flops") / 1e15, sum(each.tokens for each in every) / 1e6]
-        kept = sum(each.storage_bytes for each in every) / 1e9
-        row = [str(len(every)), str(widest), *[""] * 6, *map(_short, sums), "", _short(cost.gpu_hours), _short(kept)]
-        table.add_row("all", "", "", *row, *([] if cost.usd is None else [_short(cost.usd)]))
+        parts = most.memory.parts
+        if parts:
+            held = [parts["weights"], parts["adapters"] + parts["learner"], parts["activations"], parts["cache"]]
+            numbers = [f"{part / 1e9:.1f}" for part in (most.memory.total, *held)]
+            table.add_row(stage, model, str(most.gpus), *numbers, str(most.micro_batch_tokens or ""))
     return table
 
 
-def _groups(cost: TierCost) -> dict[Group, list[StageCost]]:
-    found: dict[Group, list[StageCost]] = {}
+def work_table(cost: TierCost) -> Table:
+    """What is computed: a row for each kind of stage and model, and their sum."""
+    rate = cost.options.usd_per_gpu_hour
+    table = _table("Work", "stage", "model")
+    for name in ("to run", "GPUs", "PFLOPs", "hours each", "GPU-hours", "GB kept", *(["USD"] if rate else [])):
+        table.add_column(name, justify="right")
+    for (stage, model), group in _groups(cost).items():
+        table.add_row(stage, model, *_work(group, rate))
+    if cost.stages:
+        table.add_section()
+        table.add_row("all", "", *_work(list(cost.stages.values()), rate))
+    return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    return Table(*columns, title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0))
+
+
+def _groups(cost: TierCost) -> dict[tuple[str, str], list[StageCost]]:
+    found: dict[tuple[str, str], list[StageCost]] = {}
     for stage in cost.stages.values():
-        about = stage.spec.stage, model_of(stage.spec), precision_of(stage.spec)
+        about = stage.spec.stage, f"{model_of(stage.spec)} {precision_of(stage.spec)}"
         found.setdefault(about, []).append(stage)
     return found
 
 
-def _row(group: list[StageCost], most: StageCost, rate: float | None) -> list[str]:
-    parts = most.memory.parts
-    memory = [most.memory.total] if parts else []
-    if parts:
-        memory += [parts["weights"], parts["adapters"] + parts["learner"], parts["activations"], parts["cache"]]
-    hours = sum(each.wall_s for each in group) / len(group) / 3600
+def _work(group: list[StageCost], rate: float | None) -> list[str]:
     gpu_hours = sum(each.gpu_hours for each in group)
-    row = [str(len(group)), str(most.gpus), *[f"{part / 1e9:.1f}" for part in memory or ()], *[""] * (5 - len(memory))]
-    row += [str(most.micro_batch_tokens or ""), _short(_sum(group, "flops") / 1e15)]
-    row += [_short(sum(each.tokens for each in group) / 1e6), _short(hours), _short(gpu_hours)]
-    row.append(_short(sum(each.storage_bytes for each in group) / 1e9))
-    return row if rate is None else [*row, _short(rate * gpu_hours)]
+    hours = sum(each.wall_s for each in group) / len(group) / 3600
+    row = [str(len(group)), str(max(each.gpus for each in group)), _short(_sum(group, "flops") / 1e15), _short(hours)]
+    row += [_short(gpu_hours), _short(sum(each.storage_bytes for each in group) / 1e9)]
+    return [*row, _short(rate * gpu_hours)] if rate else row
 
 
 def _sum(group: list[StageCost], name: str) -> float:
@@ -86,9 +89,9 @@ def simulations_table(simulations: Mapping[int, Simulation | str]) -> Table:
 def on_a_cpu(plan: grid.Plan) -> str:
     """One line on what a tier takes where every stage is a process of one thread."""
     layout = Layout("fused", 1, 1, TOKENS_PER_PASS, RUNTIME_BYTES["fused"])
-    works = {node.spec: workload(node.spec) for node in plan.to_run}
+    works = {node.spec: workload(node.spec) for node in plan.to_run if has_model(node.spec)}
     if not works:
-        return "nothing to compute"
+        return "nothing to compute with a model"
     flops = sum(sum(work.flops("fused").values()) for work in works.values())
     memory = {spec: peak(work, layout).total for spec, work in works.items()}
     largest = max(memory, key=memory.__getitem__)

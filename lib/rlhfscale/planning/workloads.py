@@ -122,6 +122,11 @@ class Workload:
         return sum(phase.tokens for phase in self.phases)
 
 
+def has_model(spec: Spec) -> bool:
+    """Whether a stage computes with a model, and so has a `workload`."""
+    return any(isinstance(spec, kind) for kind in _BY_KIND)
+
+
 def workload(spec: Spec, known: Mapping[Spec, Lengths] | None = None) -> Workload:
     """What making a spec's artifact takes.
 
