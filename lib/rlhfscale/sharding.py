@@ -258,7 +258,8 @@ def _outside_of_layers(model: PreTrainedModel) -> Iterator[tuple[nn.Parameter, l
 def _move_the_rest(model: nn.Module, device: torch.device) -> None:
     for parameter in model.parameters():
         if _block_of(parameter) is None:
-            parameter.data = parameter.data.to(device)
+            # a copy: as long as one tensor lies in the file it was read from, all of the file stays mapped
+            parameter.data = parameter.data.to(device, copy=True)
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
