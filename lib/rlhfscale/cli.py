@@ -122,11 +122,9 @@ def plan(
     with _errors() as console:
         figures = _load(tier, figure, paths.results_root())
         todo = runner.plan(figures, Store(store), workers)
-        if not as_json:
-            console.print(runner.plan_table(figures, todo))
         from rlhfscale.planning import command
 
-        command.run(tier, todo, console, command.Asked(**options))
+        command.run(tier, figures, todo, console, command.Asked(**options))
 
 
 @app.command()

@@ -1,12 +1,13 @@
 """What ``rlhfscale plan`` prints below the table of figures."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import typer
 from rich.console import Console
 
-from rlhfscale import grid
+from rlhfscale import grid, runner
 from rlhfscale.params import ParamsError
 from rlhfscale.planning import costs, report
 from rlhfscale.planning.hardware import OF_TIER, hardware
@@ -26,7 +27,7 @@ class Asked:
     as_json: bool
 
 
-def run(tier: str, todo: grid.Plan, console: Console, asked: Asked) -> None:
+def run(tier: str, figures: Sequence[runner.Figure], todo: grid.Plan, console: Console, asked: Asked) -> None:
     """Print a tier's plan, for processes of a CPU or for GPUs.
 
     Raises:
@@ -42,6 +43,7 @@ def run(tier: str, todo: grid.Plan, console: Console, asked: Asked) -> None:
             if getattr(asked, name):
                 option = name.removeprefix("as_").replace("_", "-")
                 raise ParamsError(f"--{option}: tier {tier} is planned for a CPU; give --gpu too")
+        console.print(runner.plan_table(figures, todo))
         console.print(todo)
         console.print(report.on_a_cpu(todo), highlight=False, soft_wrap=True)
         return
@@ -61,6 +63,7 @@ def run(tier: str, todo: grid.Plan, console: Console, asked: Asked) -> None:
     if asked.as_json:
         typer.echo(json.dumps(costs.to_json(found, simulations, tier=tier), indent=1, allow_nan=False))
         return
+    console.print(report.figures_table(found))
     console.print(report.memory_table(found))
     console.print(report.work_table(found))
     if simulations:

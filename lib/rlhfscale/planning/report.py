@@ -12,12 +12,26 @@ from rlhfscale.planning.schedule import Simulation
 from rlhfscale.planning.workloads import TOKENS_PER_PASS, has_model, workload
 
 
+def figures_table(cost: TierCost) -> Table:
+    """What each figure adds to those before it."""
+    table = _table(f"{cost.options.hardware.name}, at most {cost.options.gpus}", "figure")
+    for name in ("to run", "GPU hours"):
+        table.add_column(name, justify="right")
+    for index, figure in enumerate(cost.plan.groups):
+        own = [stage for key, stage in cost.stages.items() if cost.plan.nodes[key].group == index]
+        table.add_row(figure, str(len(own)), _short(sum(stage.gpu_hours for stage in own)))
+    return table
+
+
 def memory_table(cost: TierCost) -> Table:
     """What a GPU holds at the peak: a row for each kind of stage and model, of the one that takes most."""
-    options = cost.options
-    table = _table(f"Memory, GB of a GPU: {options.hardware.name}, at most {options.gpus}", "stage", "model")
-    for name in ("GPUs", "in all", "base", "learned", "kept", "cache", "tokens at a time"):
+    table = _table("Memory of a GPU at its peak, GB", "stage", "model")
+    for name in ("GPUs", "in all", "base", "learned", "kept", "cache", "tokens"):
         table.add_column(name, justify="right")
+    table.caption = (
+        "learned: adapters, gradients, optimiser. kept: for the backward pass, and logits."
+        " tokens: that are computed at a time."
+    )
     for (stage, model), group in _groups(cost).items():
         most = max(group, key=lambda each: each.memory.total)
         parts = most.memory.parts
@@ -32,8 +46,9 @@ def work_table(cost: TierCost) -> Table:
     """What is computed: a row for each kind of stage and model, and their sum."""
     rate = cost.options.usd_per_gpu_hour
     table = _table("Work", "stage", "model")
-    for name in ("to run", "GPUs", "PFLOPs", "hours each", "GPU-hours", "GB kept", *(["USD"] if rate else [])):
+    for name in ("runs", "GPUs", "PFLOPs", "h each", "GPU h", "disk", *(["USD"] if rate else [])):
         table.add_column(name, justify="right")
+    table.caption = "h each: hours of one run. disk: GB that all of them keep."
     for (stage, model), group in _groups(cost).items():
         table.add_row(stage, model, *_work(group, rate))
     if cost.stages:
@@ -42,8 +57,11 @@ def work_table(cost: TierCost) -> Table:
     return table
 
 
-def _table(title: str, *columns: str) -> Table:
-    return Table(*columns, title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0))
+def _table(title: str, *names: str) -> Table:
+    table = Table(title=title, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0))
+    for name in names:
+        table.add_column(name, no_wrap=True)
+    return table
 
 
 def _groups(cost: TierCost) -> dict[tuple[str, str], list[StageCost]]:
@@ -67,13 +85,15 @@ def _sum(group: list[StageCost], name: str) -> float:
 
 
 def _short(number: float) -> str:
-    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+    if 0 < number < 0.005:
+        return "< 0.01"
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}" if number >= 1 else f"{number:.2f}"
 
 
 def simulations_table(simulations: Mapping[int, Simulation | str]) -> Table:
     """A row for each number of GPUs."""
-    table = Table("GPUs")
-    for name in ("hours until done", "idle", "most in use", "critical path, hours", "work / GPUs, hours"):
+    table = _table("Played through, hours", "GPUs")
+    for name in ("until done", "idle", "in use", "longest chain", "work / GPUs"):
         table.add_column(name, justify="right")
     table.add_column("bound by")
     for gpus, found in simulations.items():
