@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -84,12 +85,14 @@ def kill_again_and_again(folder: Path, arguments: argparse.Namespace, whole_s: f
     rng, points, processes, finished = random.Random(arguments.seed), [], 0, 0
     while left := arguments.kills - len(points):
         share_s = whole_s * (1 - num_artifacts(folder) / num) / left
-        moment, mark = rng.uniform(0, 2 * (first_s + share_s)) / 2**finished, uuid.uuid4().hex
+        moment, mark = rng.uniform(0, min(2 * (first_s + share_s), whole_s)) / 2**finished, uuid.uuid4().hex
         run = start(folder, arguments.figure, mark)
         try:
             run.wait(moment)
             assert run.returncode == 0, "a run that nobody killed failed"
-            finished += 1  # before its moment: the next ones are killed sooner
+            finished += 1  # before its moment: begin anew, and kill sooner
+            for name in ("store", "results"):
+                shutil.rmtree(folder / name)
         except subprocess.TimeoutExpired:
             processes += (count := kill_all(mark))
             run.wait()
