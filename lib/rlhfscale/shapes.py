@@ -40,6 +40,13 @@ class Shape(BaseModel):
         )
 
     @property
+    def joined_sizes(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
+        """(inputs, outputs of each) of layers that read the same input: q, k and v; o; gate and up; down."""
+        sizes = self.linear_sizes
+        parts = (sizes[:3], sizes[3:4], sizes[4:6], sizes[6:])
+        return tuple((part[0][0], tuple(outputs for _, outputs in part)) for part in parts)
+
+    @property
     def num_linear(self) -> int:
         """Weights of all linear layers of the decoder, the output head apart."""
         return self.layers * sum(inputs * outputs for inputs, outputs in self.linear_sizes)

@@ -15,7 +15,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from rlhfscale.store import Store
 
 NAME = "plan_check"
 MIB = 2**20
+Drawn = Sequence[tuple[np.ndarray, np.ndarray]]
 
 
 def cases() -> dict[str, Spec]:
@@ -45,13 +47,10 @@ def cases() -> dict[str, Spec]:
         return recipe.sft(rung).changed(base=base, num_documents=max(640, documents // 8))
 
     labels, small, large = tuned("25k", 24000), tuned("150k", 9600), tuned("980k", 3200)
-    data, held_out = (
-        recipe._labels("25k", split, count, 0).changed(model=labels)
-        for split, count in (("train", 1600), ("eval", 256))
-    )
-    scorer = recipe.reward_model("330k", 0, 800).changed(
-        base=tuned("330k", 6400), data=(data,), held_out=(held_out,), epochs=1, num_prompts=800
-    )
+    scorer = recipe.reward_model("330k", 0)
+    data = scorer.data[0].changed(model=labels, num_prompts=1600)
+    held_out = scorer.held_out[0].changed(model=labels, num_prompts=256)
+    scorer = scorer.changed(base=tuned("330k", 6400), data=(data,), held_out=(held_out,), epochs=1, num_prompts=800)
     policies = {
         f"policy-{rung}": recipe.policy(rung, "330k", 0).changed(sft=sft, reward_model=scorer, num_updates=3)
         for rung, sft in (("150k", small), ("980k", large))
@@ -156,10 +155,29 @@ def _measure(name: str, store: Store) -> dict[str, Any]:
         stage(spec, inputs, Path(first))
         bytes_ = peak_bytes()
     with tempfile.TemporaryDirectory(dir=store.root) as second:
-        with counter() as count:
+        with counter() as count, _sampled_by() as drawn:
             stage(spec, inputs, Path(second))
-        lengths = lengths_of(spec, Path(second), inputs)
+        lengths = lengths_of(spec, Path(second), inputs, drawn)
     return {"peak_bytes": bytes_, "flops": count.get_total_flops(), "lengths": lengths}
+
+
+@contextmanager
+def _sampled_by() -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
+    """Within this context: collects prompts' and responses' lengths, each int64 [request], of what is decoded
+    together."""
+    from rlhfscale.samplers import hf
+
+    decode, drawn = hf._decode, []
+
+    def recorded(make, device, prompts, rows, out, *rest) -> None:
+        decode(make, device, prompts, rows, out, *rest)
+        drawn.append((np.array([len(prompt) for prompt in prompts]), out.lengths[rows].copy()))
+
+    hf._decode = recorded
+    try:
+        yield drawn
+    finally:
+        hf._decode = decode
 
 
 def _idle(stages: Any) -> dict[str, Any]:
@@ -180,7 +198,7 @@ def peak_bytes() -> int:
     raise OSError("/proc/self/status has no VmHWM")
 
 
-def lengths_of(spec: Spec, folder: Path, inputs: Mapping[str, Path]) -> dict[str, dict[str, float]]:
+def lengths_of(spec: Spec, folder: Path, inputs: Mapping[str, Path], drawn: Drawn) -> dict[str, dict[str, float]]:
     """Lengths of a stage's data by the key of the spec that made them, or of the stage's own for what it sampled."""
     found = {}
     for source in {spec, *spec.parents}:
@@ -188,7 +206,7 @@ def lengths_of(spec: Spec, folder: Path, inputs: Mapping[str, Path]) -> dict[str
         if isinstance(source, specs.Samples | language.Answers):
             found[source.key] = vars(_sampled(source, where, inputs))
     if isinstance(spec, specs.Policy | language.Aligned):
-        found[spec.key] = vars(_rolled_out(spec, folder, inputs))
+        found[spec.key] = vars(_rolled_out(drawn))
     if isinstance(spec, language.Tuned):
         found[spec.key] = vars(_accepted(spec, inputs))
     return found
@@ -237,22 +255,16 @@ def _tokenizer(model: Any, inputs: Mapping[str, Path]):
     return AutoTokenizer.from_pretrained(inputs[model.saved.key] / "model", local_files_only=True)
 
 
-def _rolled_out(spec: specs.Policy | language.Aligned, folder: Path, inputs: Mapping[str, Path]) -> Lengths:
-    """Of a trainer's own roll-outs, from its metrics."""
-    if isinstance(spec, specs.Policy):
-        from rlhfscale.data.demonstrations import STREAM, encode_prompts, problem_list
-
-        count = spec.num_updates * spec.prompts_per_update
-        problems = problem_list((spec.seed, STREAM["policy"]), "train", spec.sft.families, count)
-        prompts, most = [len(ids) for ids in encode_prompts(problems)], specs.tasks.MAX_RESPONSE_TOKENS
-    else:
-        from rlhfscale.data import answers
-        from rlhfscale.language_stages import _training_questions
-
-        asked = answers.encode(_training_questions(spec), _tokenizer(spec, inputs))
-        prompts, most = [len(ids) for ids in asked], spec.max_new_tokens
-    response = float(pd.read_csv(folder / "metrics.csv")["response_tokens"].mean())
-    return Lengths(float(np.mean(prompts)), response, float(max(prompts) + most))
+def _rolled_out(drawn: Drawn) -> Lengths:
+    """Of a trainer's own roll-outs."""
+    prompts, responses = (np.concatenate(part).astype(float) for part in zip(*drawn, strict=True))
+    steps = sum(idle_steps(*batch, len(batch[0])) * (batch[1] - 1).sum() for batch in drawn)
+    return Lengths(
+        float(prompts.mean()),
+        float(responses.mean()),
+        float((prompts + responses).max()),
+        idle=float(steps / max(1.0, (responses - 1).sum())),
+    )
 
 
 def _accepted(spec: language.Tuned, inputs: Mapping[str, Path]) -> Lengths:

@@ -8,6 +8,8 @@ from rlhfscale.planning.workloads import Phase, Workload
 PARTS = ("weights", "adapters", "learner", "activations", "cache", "data", "runtime")
 FRAGMENTATION = 1.1
 """Memory that an allocator holds for each byte that lives in it."""
+RETAINED = 0.75
+"""Of what earlier phases took, the share that a CPU's heap has not found another use for (see `allocator`)."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,11 @@ def peak(work: Workload, layout: Layout) -> Memory:
     (`sharding`).
     """
     networks = work.networks
+    gathered = max(n.gathered_bytes() for n in networks) if layout.shards > 1 else 0.0
+    loaded = sum(n.loaded_bytes for n in networks) if layout.kernels == "fused" else 0.0
     resident = {
-        "weights": sum(
-            n.base_bytes / layout.shards + (n.gathered_bytes() if layout.shards > 1 else 0) for n in networks
-        ),
-        "adapters": sum(n.adapter_bytes + n.copies_bytes(layout.kernels) for n in networks),
+        "weights": sum(n.base_bytes for n in networks) / layout.shards + gathered + loaded,
+        "adapters": sum(n.adapter_bytes + n.copies_bytes for n in networks),
         "learner": sum(n.learner_bytes for n in networks),
         "data": work.data_bytes if layout.kernels == "fused" else 0.0,
         "runtime": layout.runtime_bytes,
@@ -60,6 +62,9 @@ def peak(work: Workload, layout: Layout) -> Memory:
     phases = work.phases or (Phase("loading", ()),)
     found = [(phase.name, *_phase_bytes(phase, layout, work.checkpointing)) for phase in phases]
     name, activations, cache = max(found, key=lambda entry: entry[1] + entry[2])
+    if layout.kernels == "fused":
+        others = sum(sum(entry[1:]) for entry in found) - activations - cache
+        activations += RETAINED * (others + sum(n.quantising_bytes for n in networks))
     slack = FRAGMENTATION if work.phases else 1.0
     parts = resident | {"activations": slack * activations, "cache": slack * cache}
     return Memory({part: parts[part] for part in PARTS}, name)

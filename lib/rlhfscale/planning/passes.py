@@ -63,7 +63,7 @@ class Network:
 
     @property
     def merges(self) -> bool:
-        """Whether fused layers form a sum of weight and adapter for each adapter (see `lora.Projection.weight`)."""
+        """Whether layers form a sum of weight and adapter for each adapter (see `lora.Projection.weight`)."""
         return self.stored == "fp32"
 
     @property
@@ -92,13 +92,28 @@ class Network:
             return MUON_BYTES * shape.num_linear + ADAM_BYTES * (shape.num_params - shape.num_linear)
         return ADAM_BYTES * self.trained * self.shape.adapter_params(self.rank)
 
-    def copies_bytes(self, kernels: Kernels) -> float:
+    @property
+    def copies_bytes(self) -> float:
         """Weights and adapters in what is computed in, kept from one optimiser step to the next."""
         adapters = self.trained + self.frozen
-        if self.merges and kernels == "fused":
+        if self.merges:
             sums = adapters + (self.reads_base and self.compute != "fp32")
             return sums * self.element * self.shape.num_linear
         return 2.0 * adapters * self.shape.adapter_params(self.rank)
+
+    @property
+    def loaded_bytes(self) -> float:
+        """What a CPU holds of the weights besides them: fused layers copy those that are joined, and the originals stay
+        mapped from their file or in the heap; the file of weights that were quantised stays mapped."""
+        if self.stored == "nf4":
+            return 2.0 * self.shape.num_linear
+        joined = sum(a * sum(outputs) for a, outputs in self.shape.joined_sizes if len(outputs) > 1)
+        return BYTES[self.stored] * self.shape.layers * joined
+
+    @property
+    def quantising_bytes(self) -> float:
+        """Taken for a moment when weights are quantised: two copies in bfloat16."""
+        return 4.0 * self.shape.num_linear if self.stored == "nf4" else 0.0
 
     def layer_bytes(self) -> float:
         """Weights of one layer as stored."""
@@ -142,7 +157,14 @@ class Rows:
 
     @property
     def num_read(self) -> float:
+        """States that are read, each as often as it is."""
         return self.count * {"all": self.length, "response": self.response, "last": 1.0}[self.read]
+
+    def num_states(self, kernels: Kernels) -> float:
+        """States that are read, each once: responses that share a prompt have their first token after the same one."""
+        if self.read != "response" or kernels == "plain" or self.group == 1:
+            return self.num_read
+        return self.packed(kernels).count + self.count * (self.response - 1)
 
     def packed(self, kernels: Kernels) -> "Rows":
         """Responses to one prompt as a sequence of their own where that is how they are computed.
@@ -193,7 +215,8 @@ class Pass:
         """FLOPs of one forward pass."""
         shape, rows = self.network.shape, self.rows
         tokens, pairs, read = rows.tokens(kernels), rows.pairs(kernels), rows.num_read
-        adapters = 2.0 * self._applied * tokens
+        applied = self.adapter and not self.network.merges
+        adapters = self._adapters(kernels) if applied else 0.0
         attention = 4.0 * shape.layers * shape.heads * shape.head_width * pairs
         return 2.0 * shape.num_linear * tokens - self._unread(kernels) + adapters + attention + self._head(read)
 
@@ -210,7 +233,7 @@ class Pass:
         # the first layer's queries, keys and values: their input is an embedding, which learns nothing
         first = 2.0 * sum(a * b for a, b in shape.linear_sizes[:3]) * tokens
         head = self._head(rows.num_read) if self.head == "vocabulary" else 0.0
-        return linear - first + attention + head + 4.0 * shape.adapter_params(network.rank) * tokens
+        return linear - first + attention + head + 2 * self._adapters(kernels)
 
     def flops(self, kernels: Kernels, checkpointing: bool = False) -> float:
         total = self.forward(kernels)
@@ -224,18 +247,21 @@ class Pass:
         shape = self.network.shape
         return shape.heads * self.rows.keys("fused") <= 4 * shape.feed_forward
 
-    @property
-    def _applied(self) -> float:
-        """Parameters of the adapters that are multiplied by, rather than part of the weights."""
-        network = self.network
-        return network.shape.adapter_params(network.rank) if self.adapter and not network.merges else 0.0
+    def _adapters(self, kernels: Kernels) -> float:
+        """FLOPs of an adapter's products with all tokens."""
+        shape, rank = self.network.shape, self.network.rank
+        behind = rank * sum(a + b for a, b in shape.linear_sizes[3:])
+        total = shape.adapter_params(rank) * self.rows.tokens(kernels)
+        return 2.0 * (total - behind * self._num_unread(kernels))
 
     def _unread(self, kernels: Kernels) -> float:
         """FLOPs that fused layers leave out: of the last layer, at tokens that nobody reads."""
-        if kernels == "plain":
-            return 0.0
         behind = sum(a * b for a, b in self.network.shape.linear_sizes[3:])
-        return 2.0 * behind * max(0.0, self.rows.tokens(kernels) - self.rows.num_read)
+        return 2.0 * behind * self._num_unread(kernels)
+
+    def _num_unread(self, kernels: Kernels) -> float:
+        rows = self.rows
+        return 0.0 if kernels == "plain" else max(0.0, rows.tokens(kernels) - rows.num_states(kernels))
 
     def _head(self, read: float) -> float:
         outputs = {"vocabulary": self.network.shape.vocab, "scalar": 1, None: 0}[self.head]
@@ -258,7 +284,7 @@ class Pass:
         """Kept of one layer. The terms name what `LayerPass` saves, or what transformers' operations save."""
         shape, e = self.network.shape, self.network.element
         query, kv = shape.heads * shape.head_width, shape.kv_heads * shape.head_width
-        rank = 0 if self.network.whole or (self.network.merges and kernels == "fused") else self.network.rank
+        rank = 0 if self.network.whole or self.network.merges else self.network.rank
         if kernels == "plain":
             norms = 2 * (4 + e) * shape.width  # float32 input of the norm, and what it gives to the products
             attention = e * (2 * query + 2 * kv + query)  # q, k, v, mixed values, and those in the products' order
@@ -310,12 +336,21 @@ class Decode:
         shape, rows = self.network.shape, self.rows
         prompts = rows.count / rows.group * rows.prompt
         steps = rows.count * max(0.0, rows.response - 1) * self.idle
-        adapter = 2.0 * shape.adapter_params(self.network.rank)
-        adapter = adapter if self.adapter and not (self.network.merges and kernels == "fused") else 0.0
+        adapter = self._adapter(kernels) if self.adapter and not self.network.merges else 0.0
         width = 4.0 * shape.layers * shape.heads * shape.head_width
-        attention = width * (prompts * rows.prompt + steps * (rows.prompt + rows.response / 2))
+        keys = [rows.prompt, rows.prompt + rows.response / 2]
+        if kernels == "fused":
+            keys = [LEAST_KEYS * ceil(number / LEAST_KEYS) for number in keys]
+        attention = width * (prompts * keys[0] + steps * keys[1])
         head = 2.0 * shape.num_head * (rows.count / rows.group + steps)
         return self.times * ((2.0 * shape.num_linear + adapter) * (prompts + steps) + attention + head)
+
+    def _adapter(self, kernels: Kernels) -> float:
+        """FLOPs of an adapter's products with one token. Fused layers do those of one input as one, zeros included."""
+        shape, rank = self.network.shape, self.network.rank
+        if kernels == "plain":
+            return 2.0 * shape.adapter_params(rank)
+        return 2.0 * shape.layers * sum(len(b) * rank * (a + sum(b)) for a, b in shape.joined_sizes)
 
     def together(self, gpus: int) -> float:
         """Requests that each of so many processes decodes together."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from rlhfscale import ladder, language, specs
 from rlhfscale.checkpoints import CHECKPOINTS
-from rlhfscale.planning.passes import Decode, Kernels, Network, Pass, Rows, merge_flops, muon_flops
+from rlhfscale.planning.passes import BYTES, Decode, Kernels, Network, Pass, Rows, merge_flops, muon_flops
 from rlhfscale.shapes import Shape
 from rlhfscale.spec import Spec
 from rlhfscale.tasks import FAMILIES, MAX_RESPONSE_TOKENS
@@ -368,12 +368,13 @@ def _tuned(spec: language.Tuned, known: Mapping[Spec, Lengths]) -> Workload:
     rows = Rows(count, lengths.prompt, lengths.response, longest=lengths.longest)
     train = Pass(network, rows, True, "vocabulary", gradients=True, times=spec.epochs)
     steps = spec.epochs * ceil(count / spec.batch_size)
+    copied = network.base_bytes + network.adapter_bytes + BYTES[network.stored] * network.shape.num_linear
     return Workload(
         (network,),
         (
             Phase("updates", (train,), spec.batch_size, False, steps * merge_flops(network)),
-            # the adapters are folded into a copy
-            Phase("saving", (), other_bytes=network.base_bytes + network.adapter_bytes),
+            # the adapters are folded into a copy, for which the layers' joined blocks are copied too
+            Phase("saving", (), other_bytes=copied),
         ),
         network.storage_bytes["weights"],
         **_memory_for_time(spec),

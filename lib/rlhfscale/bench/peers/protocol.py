@@ -128,7 +128,7 @@ def peak_rss_bytes() -> int:
 
 
 def counter() -> Any:
-    """A FlopCounterMode that also counts the CPU's fused attention, which PyTorch 2.13 leaves out.
+    """A FlopCounterMode that also counts the CPU's fused attention and sums in place, which PyTorch 2.13 leaves out.
 
     A multiplication and an addition are two FLOPs. Matrix products, convolutions and attention are counted, attention
     as if dense (both products over all pairs of positions, causal or not); element-wise work is not.
@@ -150,7 +150,11 @@ def counter() -> Any:
     def product(x: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
         return 2 * math.prod(out_shape) * x[-1]
 
+    def added(_: Any, left: Any, right: Any, *__: Any, out_shape: Any = None, **___: Any) -> int:
+        return 2 * left[0] * left[1] * right[1]
+
     formulas = {
+        torch.ops.aten.addmm_: added,  # torch counts those that are not in place
         torch.ops.mkldnn._linear_pointwise: product,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: forward,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
