@@ -97,11 +97,8 @@ def plan(
         float, typer.Option(min=0.01, max=1, help="Share of the memory's bandwidth that decoding reaches.")
     ] = 0.5,
     micro_batch_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens computed at a time. [default: the most that fit]")
+        int | None, typer.Option(min=1, help="Tokens computed at a time. [default: each stage's own]")
     ] = None,
-    checkpointing: Annotated[
-        bool, typer.Option("--checkpointing", help="Keep only layers' inputs for the backward pass.")
-    ] = False,
     usd_per_gpu_hour: Annotated[float | None, typer.Option(min=0, help="Price.")] = None,
     simulate: Annotated[str, typer.Option(help="Play the plan through on so many GPUs, such as 8,64,512.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,

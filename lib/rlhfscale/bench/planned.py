@@ -106,7 +106,7 @@ def _row(name: str, spec: Spec, runtime: float, store: Store) -> dict[str, Any]:
     found = _in_process(name, store)
     known = {each: found["lengths"][each.key] for each in spec.walk() if each.key in found["lengths"]}
     known = {each: Lengths(**values) for each, values in known.items()}
-    layout = Layout("fused", 1, TOKENS_PER_PASS, False, runtime)
+    layout = Layout("fused", 1, 1, TOKENS_PER_PASS, runtime)
     guessed, informed = workload(spec), workload(spec, known)
     memory = peak(informed, layout)
     row = {
@@ -234,8 +234,7 @@ def language_batch() -> int:
 def _tokenizer(model: Any, inputs: Mapping[str, Path]):
     from transformers import AutoTokenizer
 
-    source = model.base if isinstance(model, language.Aligned) else model
-    return AutoTokenizer.from_pretrained(inputs[source.key] / "model", local_files_only=True)
+    return AutoTokenizer.from_pretrained(inputs[model.saved.key] / "model", local_files_only=True)
 
 
 def _rolled_out(spec: specs.Policy | language.Aligned, folder: Path, inputs: Mapping[str, Path]) -> Lengths:

@@ -21,7 +21,6 @@ class Asked:
     mfu: float
     bandwidth_use: float
     micro_batch_tokens: int | None
-    checkpointing: bool
     usd_per_gpu_hour: float | None
     simulate: str
     as_json: bool
@@ -38,7 +37,7 @@ def run(tier: str, todo: grid.Plan, console: Console, asked: Asked) -> None:
     kind = asked.gpu or kind
     counts = _counts(asked.simulate)
     if kind is None:
-        given = ("gpus", "micro_batch_tokens", "usd_per_gpu_hour", "simulate", "checkpointing", "as_json")
+        given = ("gpus", "micro_batch_tokens", "usd_per_gpu_hour", "simulate", "as_json")
         for name in given:
             if getattr(asked, name):
                 option = name.removeprefix("as_").replace("_", "-")
@@ -53,7 +52,6 @@ def run(tier: str, todo: grid.Plan, console: Console, asked: Asked) -> None:
             mfu=asked.mfu,
             bandwidth_use=asked.bandwidth_use,
             micro_batch_tokens=asked.micro_batch_tokens,
-            checkpointing=asked.checkpointing,
             usd_per_gpu_hour=asked.usd_per_gpu_hour,
         )
         found = costs.tier_cost(todo, options)

@@ -1,8 +1,9 @@
 """Stages on GPUs: how many each takes, its memory in parts, seconds, GPU-hours and price; or why it cannot be planned.
 
-The GPUs of a stage share its base (each holds a part of every layer's weights and gathers one layer at a time: Zhao et
-al. 2023, FSDP) and split every batch; adapters, their gradients and the optimiser's state are on each of them. A share
-that is still too large is cut into micro-batches where the stage can do so. A stage gets the fewest GPUs that hold it.
+The GPUs of a stage split every batch, and those of one machine share its base: each holds a part of every layer's
+weights and gathers a layer when it computes it (`sharding`; Zhao et al. 2023, FSDP). Adapters, their gradients and the
+optimiser's state are on each of them. A share of a batch that is still too large is cut into micro-batches where the
+stage does so. A stage gets the fewest GPUs that hold it.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,7 +16,7 @@ from rlhfscale.planning.hardware import Hardware
 from rlhfscale.planning.memory import Layout, Memory, peak, tokens_together
 from rlhfscale.planning.passes import Decode, Network, Pass
 from rlhfscale.planning.schedule import Simulation, Task, simulate
-from rlhfscale.planning.workloads import TOKENS_PER_PASS, Phase, Workload, workload
+from rlhfscale.planning.workloads import Phase, Workload, workload
 from rlhfscale.spec import Spec
 
 RUNTIME_BYTES = {"fused": 0.75e9, "plain": 2.0e9}
@@ -43,8 +44,7 @@ class Options:
         gpus: of them, the most that a stage can have.
         mfu: share of the peak that training and reading reach (model FLOPs utilisation, Chowdhery et al. 2022).
         bandwidth_use: share of the memory's bandwidth that decoding reaches, which is bound by it.
-        micro_batch_tokens: tokens computed at a time; None takes the largest that fits.
-        checkpointing: keep only each layer's input for the backward pass.
+        micro_batch_tokens: tokens computed at a time, where a stage splits batches; None is as many as the stage does.
         usd_per_gpu_hour: price, if known.
     """
 
@@ -53,11 +53,11 @@ class Options:
     mfu: float = 0.35
     bandwidth_use: float = 0.5
     micro_batch_tokens: int | None = None
-    checkpointing: bool = False
     usd_per_gpu_hour: float | None = None
 
     def layout(self, gpus: int, micro_batch_tokens: float) -> Layout:
-        return Layout("plain", gpus, micro_batch_tokens, self.checkpointing, RUNTIME_BYTES["plain"])
+        shards = min(gpus, self.hardware.gpus_per_node)
+        return Layout("plain", gpus, shards, micro_batch_tokens, RUNTIME_BYTES["plain"])
 
 
 @dataclass(frozen=True)
@@ -107,20 +107,20 @@ def stage_cost(spec: Spec, options: Options) -> StageCost:
         raise DoesNotFit(_refusal(spec, work, options))
     gpus, micro, memory = found
     layout = options.layout(gpus, micro)
-    flops = work.flops("plain", options.checkpointing)
+    flops = work.flops("plain")
     seconds = {"loading": START_S + _loading_s(work.networks, options.hardware)}
     for phase in work.phases:
-        seconds[phase.name] = seconds.get(phase.name, 0.0) + _phase_s(phase, layout, options)
+        seconds[phase.name] = seconds.get(phase.name, 0.0) + _phase_s(phase, work, layout, options)
     return StageCost(spec, gpus, int(micro), memory, flops, seconds, work.tokens, work.storage_bytes)
 
 
 def fitted(work: Workload, options: Options) -> tuple[int, float, Memory] | None:
-    """The fewest GPUs that hold a stage, the largest micro-batch on them, and the memory of each; None if none do."""
+    """The fewest GPUs that hold a stage, its micro-batch, and the memory of each; None if none do."""
+    micro = options.micro_batch_tokens or work.tokens_per_pass
     for gpus in _numbers(options.gpus, options.hardware.gpus_per_node):
-        for micro in _micro_batches(options):
-            memory = peak(work, options.layout(gpus, micro))
-            if memory.total <= options.hardware.memory_bytes:
-                return gpus, micro, memory
+        memory = peak(work, options.layout(gpus, micro))
+        if memory.total <= options.hardware.memory_bytes:
+            return gpus, micro, memory
     return None
 
 
@@ -133,28 +133,26 @@ def _numbers(most: int, per_node: int) -> Iterator[int]:
     yield from range(2 * per_node, most + 1, per_node)
 
 
-def _micro_batches(options: Options) -> Iterator[float]:
-    if options.micro_batch_tokens is not None:
-        yield options.micro_batch_tokens
-        return
-    tokens = TOKENS_PER_PASS
-    while tokens >= 1:
-        yield tokens
+def _smaller_micro_batch(work: Workload, options: Options) -> int | None:
+    """The largest power of two of tokens with which a stage fits."""
+    tokens = work.tokens_per_pass
+    while tokens > 1:
         tokens //= 2
+        if fitted(work, replace(options, micro_batch_tokens=tokens)):
+            return tokens
+    return None
 
 
 def _refusal(spec: Spec, work: Workload, options: Options) -> str:
     """One line: the stage, what it needs and what there is, and what would fit."""
     gpus = list(_numbers(options.gpus, options.hardware.gpus_per_node))[-1]
-    micro = list(_micro_batches(options))[-1]
+    micro = options.micro_batch_tokens or work.tokens_per_pass
     memory = peak(work, options.layout(gpus, micro))
     remedies = []
     if more := fitted(work, replace(options, gpus=MOST_GPUS)):
         remedies.append(f"--gpus {more[0]}")
-    if options.micro_batch_tokens and (smaller := fitted(work, replace(options, micro_batch_tokens=None))):
-        remedies.append(f"--micro-batch-tokens {smaller[1]:.0f}")
-    if not options.checkpointing and fitted(work, replace(options, checkpointing=True)):
-        remedies.append("--checkpointing")
+    if smaller := _smaller_micro_batch(work, options):
+        remedies.append(f"--micro-batch-tokens {smaller}")
     if any(network.stored != "nf4" for network in work.networks) and fitted(quantised(work), options):
         remedies.append("nf4")
     return (
@@ -182,35 +180,37 @@ def _loading_s(networks: Iterable[Network], hardware: Hardware) -> float:
     return sum(2.0 * network.shape.num_params for network in networks) / LOADING_BYTES_S
 
 
-def _phase_s(phase: Phase, layout: Layout, options: Options) -> float:
-    learnt = phase.other_flops / (layout.gpus * options.hardware.peak_flops * options.mfu)
-    return learnt + sum(
-        _decode_s(part, layout, options) if isinstance(part, Decode) else _pass_s(phase, part, layout, options)
+def _phase_s(phase: Phase, work: Workload, layout: Layout, options: Options) -> float:
+    products = phase.other_flops / (layout.gpus * options.hardware.peak_flops * options.mfu)
+    return products + sum(
+        _decode_s(part, layout, options) if isinstance(part, Decode) else _pass_s(phase, part, work, layout, options)
         for part in phase.work
     )
 
 
-def _pass_s(phase: Phase, part: Pass, layout: Layout, options: Options) -> float:
+def _pass_s(phase: Phase, part: Pass, work: Workload, layout: Layout, options: Options) -> float:
     """Products, or the gathering of the weights for each micro-batch where that takes longer: the two overlap."""
-    hardware = options.hardware
-    products = part.flops("plain", layout.checkpointing) / (layout.gpus * hardware.peak_flops * options.mfu)
-    if layout.gpus == 1:
-        return products
+    products = part.flops("plain", work.checkpointing) / (layout.gpus * options.hardware.peak_flops * options.mfu)
     together = tokens_together(phase, part, layout)
     rounds = part.times * ceil(part.rows.tokens("plain") / layout.gpus / together)
-    gathered = (1 + part.gradients * (1 + layout.checkpointing)) * part.network.base_bytes
-    link = hardware.link_bandwidth if layout.gpus <= hardware.gpus_per_node else hardware.network_bandwidth
-    return max(products, rounds * gathered * (1 - 1 / layout.gpus) / link)
+    readings = 1 + part.gradients * (1 + work.checkpointing)
+    return max(products, rounds * readings * _gathering_s(part.network, layout, options.hardware))
+
+
+def _gathering_s(network: Network, layout: Layout, hardware: Hardware) -> float:
+    """Fetching the other GPUs' shares of all layers once."""
+    return network.base_bytes * (1 - 1 / layout.shards) / hardware.link_bandwidth
 
 
 def _decode_s(part: Decode, layout: Layout, options: Options) -> float:
-    """Every step reads the weights and what is in the cache by then, half of it on average (Pope et al. 2022); prompts
-    are products. The GPUs decode as one, each with its share of the weights."""
-    hardware, gpus = options.hardware, layout.gpus
-    read = part.network.base_bytes + part.network.adapter_bytes + part.cache_bytes() / 2
-    step = max(read / (gpus * hardware.bandwidth * options.bandwidth_use), LAYER_S * part.network.shape.layers)
-    products = part.flops("plain") / (gpus * hardware.peak_flops * options.mfu)
-    return part.steps * step + products
+    """Every step reads the weights and what is in the cache by then, half of it on average (Pope et al. 2022), and
+    gathers the weights that are on other GPUs; prompts are products."""
+    hardware, network = options.hardware, part.network
+    read = network.base_bytes + network.adapter_bytes + part.cache_bytes(part.together(layout.gpus)) / 2
+    read_s = read / (hardware.bandwidth * options.bandwidth_use)
+    step = max(read_s, LAYER_S * network.shape.layers, _gathering_s(network, layout, hardware))
+    products = part.flops("plain") / (layout.gpus * hardware.peak_flops * options.mfu)
+    return part.steps(layout.gpus) * step + products
 
 
 @dataclass(frozen=True)
@@ -230,13 +230,13 @@ class TierCost:
         rate = self.options.usd_per_gpu_hour
         return None if rate is None else rate * self.gpu_hours
 
-    def simulation(self, gpus: int) -> Simulation:
-        """The graph on so many GPUs. Raises DoesNotFit for a stage that takes more."""
+    def simulation(self, gpus: int) -> Simulation | str:
+        """The graph on so many GPUs; or, in words, why that cannot be: a stage takes more."""
         tasks = {}
         for key, stage in self.stages.items():
             node = self.plan.nodes[key]
             if stage.gpus > gpus:
-                raise DoesNotFit(f"{stage.spec.stage} ({stage.spec.title}): takes {stage.gpus} GPUs, not {gpus}")
+                return f"{stage.spec.stage} of {model_of(stage.spec)} takes {stage.gpus} GPUs"
             parents = tuple(parent for parent in node.parents if parent in self.stages)
             tasks[key] = Task(stage.wall_s, stage.gpus, parents, node.group)
         return simulate(tasks, gpus)
@@ -275,7 +275,7 @@ def precision_of(spec: Spec) -> str:
     return workload(spec).networks[0].stored
 
 
-def to_json(cost: TierCost, simulations: Mapping[int, Simulation], **about: Any) -> dict[str, Any]:
+def to_json(cost: TierCost, simulations: Mapping[int, Simulation | str], **about: Any) -> dict[str, Any]:
     """The plan as JSON values; bytes, seconds, FLOPs and tokens are plain numbers."""
     options = cost.options
     names = list(cost.plan.groups)
@@ -307,7 +307,7 @@ def to_json(cost: TierCost, simulations: Mapping[int, Simulation], **about: Any)
             "gpus": options.gpus,
             "mfu": options.mfu,
             "bandwidth_use": options.bandwidth_use,
-            "checkpointing": options.checkpointing,
+            "micro_batch_tokens": options.micro_batch_tokens,
             "usd_per_gpu_hour": options.usd_per_gpu_hour,
         },
         "cached": len(cost.plan.cached),
@@ -315,5 +315,8 @@ def to_json(cost: TierCost, simulations: Mapping[int, Simulation], **about: Any)
         "usd": cost.usd,
         "storage_bytes": sum(stage.storage_bytes for stage in cost.stages.values()),
         "stages": stages,
-        "simulations": [asdict(simulation) for simulation in simulations.values()],
+        "simulations": [
+            {"gpus": gpus, "refused": found} if isinstance(found, str) else asdict(found) | {"refused": None}
+            for gpus, found in simulations.items()
+        ],
     }

@@ -75,7 +75,7 @@ HARDWARE: dict[str, Hardware] = {
     )
 }
 
-OF_TIER = {"gpu": ("h100-80gb", 1), "paper": ("h100-80gb", 64)}
+OF_TIER = {"gpu": ("h100-80gb", 1), "gpu24": ("rtx4090-24gb", 1), "paper": ("h100-80gb", 64)}
 """Kind and number of GPUs that a tier is planned for unless the caller says; tiers that are not here are for CPUs."""
 
 

@@ -16,16 +16,16 @@ class Layout:
 
     Attributes:
         kernels: see `passes`.
-        gpus: processes, each with its share of the base's weights and of every batch.
+        gpus: processes, each with its share of every batch.
+        shards: processes that share the base's weights, those of one machine.
         micro_batch_tokens: tokens computed at a time.
-        checkpointing: keep only what goes into each layer.
         runtime_bytes: of a process that has computed nothing yet.
     """
 
     kernels: Kernels
     gpus: int
+    shards: int
     micro_batch_tokens: float
-    checkpointing: bool
     runtime_bytes: float
 
 
@@ -42,38 +42,44 @@ class Memory:
 
 
 def peak(work: Workload, layout: Layout) -> Memory:
-    """The phase that needs most. A base that is spread over GPUs is gathered two layers at a time."""
-    networks, sharded = work.networks, layout.gpus > 1
+    """The phase that needs most.
+
+    Of a base that several GPUs share, the layer that computes, the next one and the embedding are whole for a moment
+    (`sharding`).
+    """
+    networks = work.networks
     resident = {
-        "weights": sum(n.base_bytes / layout.gpus + (2 * n.layer_bytes() if sharded else 0) for n in networks),
+        "weights": sum(
+            n.base_bytes / layout.shards + (n.gathered_bytes() if layout.shards > 1 else 0) for n in networks
+        ),
         "adapters": sum(n.adapter_bytes + n.copies_bytes(layout.kernels) for n in networks),
         "learner": sum(n.learner_bytes for n in networks),
         "data": work.data_bytes if layout.kernels == "fused" else 0.0,
         "runtime": layout.runtime_bytes,
     }
     phases = work.phases or (Phase("loading", ()),)
-    found = [(phase.name, *_phase_bytes(phase, layout)) for phase in phases]
+    found = [(phase.name, *_phase_bytes(phase, layout, work.checkpointing)) for phase in phases]
     name, activations, cache = max(found, key=lambda entry: entry[1] + entry[2])
     slack = FRAGMENTATION if work.phases else 1.0
     parts = resident | {"activations": slack * activations, "cache": slack * cache}
     return Memory({part: parts[part] for part in PARTS}, name)
 
 
-def _phase_bytes(phase: Phase, layout: Layout) -> tuple[float, float]:
+def _phase_bytes(phase: Phase, layout: Layout, checkpointing: bool) -> tuple[float, float]:
     """Activations and cache."""
     decodes = [part for part in phase.work if isinstance(part, Decode)]
     passes = [part for part in phase.work if isinstance(part, Pass)]
-    activations = [phase.other_bytes / layout.gpus]
+    activations = [phase.other_bytes if layout.kernels == "fused" else 0.0]
     cache = 0.0
     for part in decodes:
-        batch = max(1.0, part.batch / layout.gpus)
+        batch = part.together(layout.gpus)
         activations.append(part.passing_bytes(layout.kernels, batch))
         cache = max(cache, part.cache_bytes(batch))
     kept = 0.0
     for part in passes:
         tokens = tokens_together(phase, part, layout)
         if part.gradients:
-            kept += part.kept_bytes(layout.kernels, tokens, layout.checkpointing)
+            kept += part.kept_bytes(layout.kernels, tokens, checkpointing)
         activations.append(part.passing_bytes(layout.kernels, tokens))
     return kept + max(activations), cache
 

@@ -11,6 +11,7 @@ with `rlhfscale.lora`'s products. No torch here.
 """
 
 from dataclasses import dataclass, replace
+from math import ceil
 from typing import Literal
 
 from rlhfscale.shapes import Shape
@@ -100,8 +101,12 @@ class Network:
         return 2.0 * adapters * self.shape.adapter_params(self.rank)
 
     def layer_bytes(self) -> float:
-        """Weights of one layer in what is computed in: what a device holds for a moment of a sharded base."""
-        return self.element * self.shape.num_linear / self.shape.layers
+        """Weights of one layer as stored."""
+        return BYTES[self.stored] * self.shape.num_linear / self.shape.layers
+
+    def gathered_bytes(self) -> float:
+        """What a process holds for a moment of the shares of others: two layers, and the embedding or the head."""
+        return 2 * self.layer_bytes() + 2.0 * self.shape.num_head
 
     @property
     def storage_bytes(self) -> dict[str, float]:
@@ -240,15 +245,13 @@ class Pass:
         """What autograd keeps for the backward pass of so many tokens."""
         shape, e = self.network.shape, self.network.element
         read = min(tokens, tokens * self.rows.num_read / max(1.0, self.rows.tokens(kernels)))
-        heads, width = shape.heads * shape.head_width, shape.width
-        final = (3 * e + 8 + e) * width * read  # norm's input in float32, its states, and where they are put in order
+        final = (4 * e + 8) * shape.width * read  # norm's input in float32, its states, and where they are put in order
         if checkpointing:
             one = self._layer_bytes(kernels, tokens, tokens)
-            return e * width * tokens * shape.layers + one + final
+            return e * shape.width * tokens * shape.layers + one + final
         if kernels == "plain":
             return shape.layers * self._layer_bytes(kernels, tokens, tokens) + final
         last = self._layer_bytes(kernels, tokens, read)
-        assert heads
         return (shape.layers - 1) * self._layer_bytes(kernels, tokens, tokens) + last + final
 
     def _layer_bytes(self, kernels: Kernels, tokens: float, read: float) -> float:
@@ -291,7 +294,7 @@ class Decode:
 
     Attributes:
         rows: prompts and responses; ``group`` responses to a prompt, which is read once.
-        batch: requests decoded together.
+        batch: requests decoded together at most, by one process.
         idle: steps computed for each token that is kept: requests that have ended stay until half have.
         longest: tokens of the longest prompt and response.
     """
@@ -314,23 +317,26 @@ class Decode:
         head = 2.0 * shape.num_head * (rows.count / rows.group + steps)
         return self.times * ((2.0 * shape.num_linear + adapter) * (prompts + steps) + attention + head)
 
-    @property
-    def steps(self) -> float:
-        """Steps of decoding after prompts are read, one batch after the other."""
-        return self.times * -(-self.rows.count // self.batch) * max(1.0, self.rows.response - 1) * self.idle
+    def together(self, gpus: int) -> float:
+        """Requests that each of so many processes decodes together."""
+        return max(1.0, min(self.batch, self.rows.count / gpus))
 
-    def cache_bytes(self, batch: float | None = None) -> float:
+    def steps(self, gpus: int) -> float:
+        """Steps of decoding after prompts are read, one batch after the other."""
+        batches = ceil(self.rows.count / gpus / self.together(gpus))
+        return self.times * batches * max(1.0, self.rows.response - 1) * self.idle
+
+    def cache_bytes(self, batch: float) -> float:
         """Keys and values of a batch."""
         shape = self.network.shape
         capacity = self.rows.longest or self.rows.length
         capacity += -capacity % LEAST_KEYS
         position = 2 * shape.layers * shape.kv_heads * shape.head_width * self.network.element
-        return (self.batch if batch is None else batch) * capacity * position
+        return batch * capacity * position
 
-    def passing_bytes(self, kernels: Kernels, batch: float | None = None) -> float:
+    def passing_bytes(self, kernels: Kernels, batch: float) -> float:
         """Weights laid out for decoding, prompts on their way through the layers, and logits."""
         shape, e = self.network.shape, self.network.element
-        batch = min(self.batch if batch is None else batch, self.rows.count)
         packed = 0.0
         if kernels == "fused" and self.network.compute == "bf16":
             packed = 2.0 * (shape.num_linear + shape.num_head)

@@ -67,13 +67,16 @@ def _short(number: float) -> str:
     return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
-def simulations_table(simulations: Mapping[int, Simulation]) -> Table:
+def simulations_table(simulations: Mapping[int, Simulation | str]) -> Table:
     """A row for each number of GPUs."""
     table = Table("GPUs")
     for name in ("hours until done", "idle", "most in use", "critical path, hours", "work / GPUs, hours"):
         table.add_column(name, justify="right")
     table.add_column("bound by")
     for gpus, found in simulations.items():
+        if isinstance(found, str):
+            table.add_row(str(gpus), *[""] * 5, f"cannot run: {found}")
+            continue
         hours = [second / 3600 for second in (found.makespan_s, found.critical_path_s, found.work_s)]
         row = [_short(hours[0]), f"{found.idle:.0%}", str(found.busiest), _short(hours[1]), _short(hours[2])]
         table.add_row(str(gpus), *row, found.bound)
@@ -82,7 +85,7 @@ def simulations_table(simulations: Mapping[int, Simulation]) -> Table:
 
 def on_a_cpu(plan: grid.Plan) -> str:
     """One line on what a tier takes where every stage is a process of one thread."""
-    layout = Layout("fused", 1, TOKENS_PER_PASS, False, RUNTIME_BYTES["fused"])
+    layout = Layout("fused", 1, 1, TOKENS_PER_PASS, RUNTIME_BYTES["fused"])
     works = {node.spec: workload(node.spec) for node in plan.to_run}
     if not works:
         return "nothing to compute"

@@ -17,10 +17,12 @@ from rlhfscale.shapes import Shape
 from rlhfscale.spec import Spec
 from rlhfscale.tasks import FAMILIES, MAX_RESPONSE_TOKENS
 
-ROLLOUT_BATCH, ANSWER_BATCH = 1024, 64
-"""Requests decoded together: `samplers.hf.sample`'s, and `language_stages.BATCH`."""
+ROLLOUT_BATCH, ANSWER_BATCH, GPU_BATCH = 1024, 64, 256
+"""Requests decoded together: `samplers.hf.sample`'s, and those of `language_stages`."""
 TOKENS_PER_PASS = 16384
 """`rl.config.Config.max_tokens_per_pass`, and `rewards.scorer.TOKENS_PER_MICRO_BATCH`."""
+LARGE, LARGE_TOKENS = 5e8, 4096
+"""Of `language_stages`: from so many parameters on only blocks' inputs are kept, and so many tokens make a pass."""
 CALIBRATED_PROMPTS, CALIBRATED_SHARE = 256, 1 / 4
 """Prompts of each source that a rung's reward model is calibrated on; share of the questions, of a language model's."""
 HELD_OUT_DOCUMENTS, LOSS_POINTS = 1024, 8
@@ -65,7 +67,7 @@ class Phase:
         together: sequences of the work whose activations are held at the same time, a step's batch.
         splits: whether the stage itself cuts a batch into micro-batches, one after the other.
         other_flops: of the optimiser.
-        other_bytes: held in this phase only.
+        other_bytes: held in this phase only, in the machine's memory.
     """
 
     name: str
@@ -97,18 +99,22 @@ class Workload:
         phases: one after the other; the memory of one is given back before the next.
         storage_bytes: of the artifact.
         data_bytes: of its data, in the machine's memory.
+        checkpointing: whether only the input of each layer is kept for the backward pass.
+        tokens_per_pass: that are computed at a time, where a phase splits its batches.
     """
 
     networks: tuple[Network, ...]
     phases: tuple[Phase, ...]
     storage_bytes: float
     data_bytes: float = 0.0
+    checkpointing: bool = False
+    tokens_per_pass: int = TOKENS_PER_PASS
 
-    def flops(self, kernels: Kernels, checkpointing: bool = False) -> dict[str, float]:
+    def flops(self, kernels: Kernels) -> dict[str, float]:
         """By phase."""
         found: dict[str, float] = {}
         for phase in self.phases:
-            found[phase.name] = found.get(phase.name, 0.0) + phase.flops(kernels, checkpointing)
+            found[phase.name] = found.get(phase.name, 0.0) + phase.flops(kernels, self.checkpointing)
         return found
 
     @property
@@ -209,7 +215,7 @@ def _samples(spec: specs.Samples, known: Mapping[Spec, Lengths]) -> Workload:
     network, lengths = _rung(spec.model.rung), _chains(spec, spec.families, known)
     count = spec.num_prompts * spec.num_samples
     rows = Rows(count, lengths.prompt, lengths.response, spec.num_samples, longest=lengths.longest)
-    decode = Decode(network, rows, min(count, ROLLOUT_BATCH), adapter=False, idle=lengths.idle)
+    decode = Decode(network, rows, ROLLOUT_BATCH, adapter=False, idle=lengths.idle)
     storage = count * (8 * lengths.longest + 16)
     return Workload((network,), (Phase("roll-outs", (decode,)),), storage, spec.num_prompts * DOCUMENT_BYTES)
 
@@ -286,7 +292,7 @@ def _updates(
     if separate:
         read.append(Pass(network, others, True, "scalar", times=updates))
         learnt.append(Pass(network, part, True, "scalar", gradients=True, times=steps * updates))
-    decode = Decode(network, rows, min(count, ROLLOUT_BATCH), idle=lengths.idle, times=updates)
+    decode = Decode(network, rows, ROLLOUT_BATCH, idle=lengths.idle, times=updates)
     together = TOKENS_PER_PASS / lengths.longest
     return (
         Phase("roll-outs", (decode,)),
@@ -317,16 +323,17 @@ def _precision(model: Any, default: str = "bf16") -> str:
     """What a model's weights are loaded in; an aligned model keeps what it was trained in."""
     if isinstance(model, language.Aligned):
         return model.precision
-    chat = model if isinstance(model, language.Chat) else model.base
-    return getattr(chat, "precision", None) or default
+    return model.chat.precision or default
 
 
 def _language(model: Any, default: str = "bf16", **options: Any) -> Network:
     return Network(checkpoint_shape(model.checkpoint), _precision(model, default), "bf16", **options)
 
 
-def _parts(answers: Any) -> tuple[language.Answers, ...]:
-    return answers if isinstance(answers, tuple) else (answers,)
+def _memory_for_time(model: Any) -> dict[str, Any]:
+    """What `language_stages` does for a large model."""
+    large = model.chat.num_params >= LARGE
+    return {"checkpointing": large, "tokens_per_pass": LARGE_TOKENS if large else TOKENS_PER_PASS}
 
 
 def _questions(answers: language.Answers) -> int:
@@ -343,7 +350,8 @@ def _answers(spec: language.Answers, known: Mapping[Spec, Lengths]) -> Workload:
     network, lengths = _language(spec.model, rank=rank, frozen=1), known.get(spec) or question_lengths(spec)
     count = _questions(spec) * spec.num_samples
     rows = Rows(count, lengths.prompt, lengths.response, spec.num_samples, longest=lengths.longest)
-    decode = Decode(network, rows, min(count, ANSWER_BATCH), idle=lengths.idle)
+    batch = ANSWER_BATCH if spec.model.chat.precision is None else GPU_BATCH
+    decode = Decode(network, rows, batch, idle=lengths.idle)
     storage = count * (4.0 * spec.max_new_tokens + 6) + 300.0 * _questions(spec)
     return Workload((network,), (Phase("roll-outs", (decode,)),), storage)
 
@@ -363,6 +371,7 @@ def _tuned(spec: language.Tuned, known: Mapping[Spec, Lengths]) -> Workload:
             Phase("saving", (), other_bytes=network.base_bytes + network.adapter_bytes),
         ),
         network.storage_bytes["weights"],
+        **_memory_for_time(spec),
     )
 
 
@@ -370,33 +379,33 @@ def _answer_reward(spec: language.AnswerReward, known: Mapping[Spec, Lengths]) -
     network = _language(spec.base, rank=spec.lora_rank, trained=1)
     reader = replace(network, trained=0, frozen=2)
     updates, scored, batch = [], [], 0.0
-    for source in _parts(spec.data):
+    for source in spec.data:
         lengths, samples = known.get(source) or question_lengths(source), source.num_samples
-        questions = len(source.tasks) * (getattr(spec, "num_prompts", None) or source.num_prompts)
+        questions = len(source.tasks) * (spec.num_prompts or source.num_prompts)
         distinct = max(1.0, lengths.distinct * samples)
         rows = Rows(questions * distinct, lengths.prompt, lengths.response, distinct, "last", lengths.longest)
         learnt = rows.share(lengths.compared)
         updates.append(Pass(network, learnt, True, "scalar", gradients=True, times=spec.epochs))
         scored.append(Pass(reader, rows.share(CALIBRATED_SHARE), True, "scalar"))
         batch = max(batch, spec.prompts_per_batch * distinct)
-    for source in _parts(spec.held_out):
+    for source in spec.held_out:
         lengths, samples = known.get(source) or question_lengths(source), source.num_samples
         distinct = max(1.0, lengths.distinct * samples)
         rows = Rows(_questions(source) * distinct, lengths.prompt, lengths.response, distinct, "last", lengths.longest)
         scored.append(Pass(reader, rows, True, "scalar"))
-    held = reader.base_bytes + reader.adapter_bytes  # it is read on a base of its own
     return Workload(
         (network,),
         (
             Phase("updates", tuple(updates), batch, False),
-            Phase("scoring", tuple(scored), TOKENS_PER_PASS / lengths.longest, other_bytes=held),
+            Phase("scoring", tuple(scored), TOKENS_PER_PASS / lengths.longest),
         ),
         network.storage_bytes["adapter"],
+        **_memory_for_time(spec.base),
     )
 
 
 def _aligned(spec: language.Aligned, known: Mapping[Spec, Lengths]) -> Workload:
-    shares = spec.reward_model.base == spec.base
+    shares = spec.shares_base
     network = _language(spec, rank=spec.lora_rank, trained=1, frozen=int(shares), reads_base=True)
     reward = network
     if not shares:
@@ -408,7 +417,7 @@ def _aligned(spec: language.Aligned, known: Mapping[Spec, Lengths]) -> Workload:
         lengths = Lengths(language.PROMPT_TOKENS, response, longest)
     phases = _updates(spec, network, reward, lengths, None, False)
     networks = (network,) if shares else (network, reward)
-    return Workload(networks, phases, network.storage_bytes["adapter"])
+    return Workload(networks, phases, network.storage_bytes["adapter"], **_memory_for_time(spec))
 
 
 def _answer_scores(spec: language.AnswerScores, known: Mapping[Spec, Lengths]) -> Workload:
@@ -417,7 +426,8 @@ def _answer_scores(spec: language.AnswerScores, known: Mapping[Spec, Lengths]) -
     group = max(1.0, lengths.distinct * source.num_samples)
     rows = Rows(_questions(source) * group, lengths.prompt, lengths.response, group, "last", lengths.longest)
     scoring = Phase("scoring", (Pass(network, rows, True, "scalar"),), TOKENS_PER_PASS / lengths.longest)
-    return Workload((network,), (scoring,), 4.0 * _questions(source) * source.num_samples)
+    storage = 4.0 * _questions(source) * source.num_samples
+    return Workload((network,), (scoring,), storage, **_memory_for_time(spec.reward_model.base))
 
 
 def _mt_bench(spec: specs.MTBench, known: Mapping[Spec, Lengths]) -> Workload:
@@ -431,7 +441,7 @@ def _mt_bench(spec: specs.MTBench, known: Mapping[Spec, Lengths]) -> Workload:
     return Workload(
         (policy, judge),
         (
-            Phase("roll-outs", (Decode(policy, asked, min(answers, ANSWER_BATCH), adapter=False),)),
+            Phase("roll-outs", (Decode(policy, asked, ANSWER_BATCH, adapter=False),)),
             Phase("scoring", (Decode(judge, shown, 8, adapter=False),)),
         ),
         2000.0 * (answers + judgments),
