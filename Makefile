@@ -18,7 +18,7 @@
 
 TIER ?= laptop
 FIGURE ?=
-WORKERS ?= $(if $(filter gpu%,$(TIER)),1,2)
+WORKERS ?= 2
 SLOW ?= 1
 EXTRAS ?=
 VENV ?= .venv

@@ -24,10 +24,15 @@ class Number(Spec):
     value: int
     sleep_s: float = 0.0
     trace: str = ""
+    gpus: float = 0.0
 
     @property
     def cost_s(self) -> float:
         return self.sleep_s or 0.01
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(gpus=self.gpus)
 
 
 class Total(Spec):
