@@ -1,5 +1,6 @@
 # make figures                         every figure, table and verdict of the laptop tier; again in seconds
 # make figures TIER=smoke FIGURE=01    one figure with the smallest settings
+# make figures TIER=gpu24              the study on published models, on one card of 24 GB: planned, not run
 # make figures FIGURE=20_real_model    the pipeline on SmolLM2-135M, half an hour for each of five seeds
 # make plan | status | claims          what would run, what is in the store, the verdicts
 # make test | lint                     the test suite (SLOW=0 leaves out the slow ones), the style checks
@@ -111,8 +112,9 @@ bench: setup-dev $(VENV)/.smollm2 $(PEER)/.ready
 bench-learning: setup-dev $(PEER)/.ready
 	@$(BIN)/python -m rlhfscale.bench.learning --peer-python $(PEER)/bin/python --out results/laptop/90_throughput
 
-# 20_real_model is made when it is asked for: it needs a language model, and takes longer than all the others
-ifneq (,$(filter 20%,$(FIGURE)))
+# 20_real_model is made when it is asked for: it needs a language model, and takes longer than all the others. In tiers of
+# published checkpoints every figure needs what it needs.
+ifneq (,$(filter 20%,$(FIGURE))$(filter paper gpu%,$(TIER)))
 figures plan: $(VENV)/.smollm2 $(VENV)/.qlora
 endif
 

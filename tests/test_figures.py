@@ -25,7 +25,7 @@ from rlhfscale.paths import project_root
 from rlhfscale.recipe import Recipe
 
 ROOT = project_root()
-TIERS = ("smoke", "laptop")
+TIERS = ("smoke", "laptop", "gpu24", "gpu", "paper")
 FILES = [path for tier in TIERS for path in sorted((ROOT / "params" / tier).glob("[0-9][0-9]_*.yaml"))]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 EXECUTED = sorted((ROOT / "results").glob("laptop/*/notebook.ipynb"))

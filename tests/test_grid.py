@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from rlhfscale import grid
+from rlhfscale import grid, pool
 from rlhfscale.grid import GridError, ensure, plan
 from rlhfscale.store import Store, StoreError
 from toy_stages import Number, Total, read
@@ -46,6 +46,25 @@ def diamond(trace: str = "", **options) -> Total:
     left = Total(parts=(Number(value=1, trace=trace),), trace=trace)
     right = Total(parts=(Number(value=1, trace=trace), Number(value=2, trace=trace)), trace=trace)
     return Total(parts=(left, right), trace=trace, **options)
+
+
+def test_one_process_at_a_time_has_the_gpus(tmp_path):
+    """On a machine's own workers; what needs none goes on beside it."""
+    store = Store(tmp_path / "s")
+    on_gpus = [Number(value=value, gpus=1, sleep_s=0.5) for value in range(3)]
+    plain = Number(value=9, sleep_s=1.0)
+    spans, start = {}, pool.LocalPool.start
+
+    def noted(self, spec):
+        spans[spec] = [time.monotonic()]
+        start(self, spec)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pool.LocalPool, "start", noted)
+        run([*on_gpus, plain], store, on_done=lambda spec, status: spans[spec].append(time.monotonic()))
+    ordered = sorted(spans[spec] for spec in on_gpus)
+    assert all(first[1] <= second[0] for first, second in itertools.pairwise(ordered))
+    assert spans[plain][0] < ordered[1][0]
 
 
 def test_a_graph_is_made_once_and_then_cached(tmp_path):

@@ -4,25 +4,55 @@ import json
 from pathlib import Path
 
 
-def model_and_tokenizer():
+def model_and_tokenizer(width: int = 16, *, backwards: bool = False):
+    """``backwards``: other ids for the same bytes, and another chat template."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet(), reverse=backwards)
     raw = Tokenizer(models.BPE({token: i for i, token in enumerate(["<pad>", "<eos>", *alphabet])}, []))
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>")
-    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    line = "{{ m['content'] }}|" if backwards else "{{ m['role'] }}: {{ m['content'] }}\n"
+    tokenizer.chat_template = f"{{% for m in messages %}}{line}{{% endfor %}}"
     torch.manual_seed(0)
-    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    size = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = LlamaConfig(vocab_size=len(alphabet) + 2, pad_token_id=0, eos_token_id=1, **size)
     return LlamaForCausalLM(config).eval(), tokenizer
 
 
 def save_policy(folder: Path) -> Path:
     model, tokenizer = model_and_tokenizer()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def save_guesser(folder: Path, tasks: tuple[str, ...], width: int, *, backwards: bool = False) -> Path:
+    """A model that was taught to answer questions of these tasks with one digit from 1 to 3, any of them."""
+    import numpy as np
+    import torch
+
+    from rlhfscale import networks
+    from rlhfscale.data.answers import encode
+    from rlhfscale.finetune import response_loss
+    from rlhfscale.sequences import Sequences
+    from rlhfscale.tasks.reasoning import questions
+
+    model, tokenizer = model_and_tokenizer(width, backwards=backwards)
+    prompts = encode([q for task in tasks for q in questions(task, "train", 64, 0)], tokenizer)
+    rng = np.random.default_rng(0)
+    digits = [[tokenizer.encode(str(digit))[0], tokenizer.eos_token_id] for digit in rng.integers(1, 4, len(prompts))]
+    data = Sequences.join(prompts, digits, np.ones(len(prompts), bool), tokenizer)
+    whole = networks.build(model, adapter="none", critic="none")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(40):
+        loss = response_loss(whole, data[rng.choice(len(data), 16)])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from rlhfscale.params import FigureParams, field
-from rlhfscale.spec import Spec
+from rlhfscale.spec import Needs, Spec
 
 
 class Number(Spec):
@@ -20,10 +20,15 @@ class Number(Spec):
     value: int
     sleep_s: float = 0.0
     trace: str = ""
+    gpus: float = 0.0
 
     @property
     def cost_s(self) -> float:
         return self.sleep_s or 0.01
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(gpus=self.gpus)
 
 
 class Total(Spec):

@@ -30,7 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Tier = Annotated[str, typer.Option(help="Folder below params/: smoke or laptop.")]
+Tier = Annotated[str, typer.Option(help="Folder below params/: smoke, laptop, gpu24, gpu or paper.")]
 Figures = Annotated[
     list[str] | None,
     typer.Option("--figure", help="A figure's name or number, such as 01. Repeat for several. [default: all]"),

@@ -285,7 +285,11 @@ class _Run:
     def step(self) -> bool:
         """Start what there is room for and wait for something to end; False when nothing is left."""
         ready = sorted((node for node in self.plan.to_run if self.ready(node)), key=_priority)
-        for node in ready[: self.pool.room()]:
+        for node in ready:
+            if not self.pool.room():
+                break
+            if not self.pool.takes(node.spec):
+                continue
             node.status, node.attempts, node.started = "running", node.attempts + 1, time.monotonic()
             self.pool.start(node.spec)
         if not self.running:

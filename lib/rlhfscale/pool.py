@@ -46,6 +46,10 @@ class Pool(ABC):
     def room(self) -> int:
         """How many specs can be started now."""
 
+    def takes(self, spec: Spec) -> bool:
+        """Whether this one can be among them."""
+        return True
+
     @abstractmethod
     def start(self, spec: Spec) -> None:
         """Begin to make a spec whose parents are made."""
@@ -68,6 +72,10 @@ class LocalPool(Pool):
 
     def room(self) -> int:
         return self.size - sum(worker.spec is not None for worker in self.workers)
+
+    def takes(self, spec: Spec) -> bool:
+        """One that needs GPUs takes all of the machine's: nothing here shares them out."""
+        return not (spec.needs.gpus and any(worker.spec and worker.spec.needs.gpus for worker in self.workers))
 
     def start(self, spec: Spec) -> None:
         idle = next((worker for worker in self.workers if worker.spec is None), None)

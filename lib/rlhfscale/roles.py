@@ -2,7 +2,6 @@
 
 from rlhfscale import language, specs
 
-SFT = specs.SFT | language.Tuned
 RewardModel = specs.RewardModel | language.AnswerReward
 Policy = specs.Policy | language.Aligned
 Samples = specs.Samples | language.Answers
