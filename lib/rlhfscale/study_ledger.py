@@ -49,8 +49,8 @@ def figure(table: pd.DataFrame) -> Figure:
     ]  # two parts on one interval, below and above, are one strip
     counts = table.drop_duplicates(["claim", "figure"])["verdict"].value_counts()
     caption = (
-        "Points and bars: estimates with 95% intervals (C7: 98.3% for each pair of kinds). Dashed: the rule's threshold; "
-        "shaded: where the claim places "
+        "Points and bars: estimates with 95% intervals (C7: 98.3% for each pair of kinds). Dashed: the rule's "
+        "threshold; shaded: where the claim places "
         f"the statistic. {', '.join(f'{counts.get(name, 0)} {name}' for name in claims.VERDICTS)}."
     )
     columns = 2
