@@ -174,7 +174,11 @@ def test_a_plans_constants_are_the_stages_own():
     assert workloads.TOKENS_PER_PASS == scorer.TOKENS_PER_MICRO_BATCH == PPOConfig().max_tokens_per_pass
     assert 1 / workloads.CALIBRATED_SHARE == language_stages.CALIBRATED
     assert workloads.LOSS_POINTS == LOSS_POINTS
-    assert passes.CACHED_TOKENS == llama.CACHED_TOKENS and passes.LEAST_KEYS == llama.LANES
+    assert (
+        passes.CACHED_TOKENS == llama.CACHED_TOKENS
+        and passes.LEAST_KEYS == llama.LANES
+        and passes.A_PART == llama.A_PART
+    )
     assert passes.WIDEST_PACK == packing.WIDEST and passes.LOGITS == logprobs.CHUNK
 
 

@@ -26,7 +26,7 @@ import pandas as pd
 from rlhfscale import grid, language, paths, specs
 from rlhfscale.bench.peers.protocol import counter
 from rlhfscale.planning.memory import Layout, peak
-from rlhfscale.planning.workloads import ROLLOUT_BATCH, TOKENS_PER_PASS, Lengths, workload
+from rlhfscale.planning.workloads import EVEN, ROLLOUT_BATCH, TOKENS_PER_PASS, Lengths, workload
 from rlhfscale.pool import worker_environment
 from rlhfscale.real_model import RealModel
 from rlhfscale.recipe import Recipe
@@ -236,6 +236,7 @@ def _sampled(spec: specs.Samples | language.Answers, folder: Path, inputs: Mappi
         prompt=float(prompts.mean()),
         response=float(responses.mean()),
         longest=float((prompts[:, None] + responses).max()),
+        spread=EVEN * float((prompts + responses.mean(1)).std()),
         idle=idle_steps(np.repeat(prompts, responses.shape[1]), responses.ravel(), batch),
         compared=float(differ.mean()),
         distinct=float(np.mean(distinct)) / responses.shape[1],
@@ -263,6 +264,7 @@ def _rolled_out(drawn: Drawn) -> Lengths:
         float(prompts.mean()),
         float(responses.mean()),
         float((prompts + responses).max()),
+        EVEN * float((prompts + responses).std()),
         idle=float(steps / max(1.0, (responses - 1).sum())),
     )
 
@@ -278,6 +280,7 @@ def _accepted(spec: language.Tuned, inputs: Mapping[str, Path]) -> Lengths:
         float(prompts.mean()),
         float((lengths - prompts).mean()),
         float(lengths.max()),
+        EVEN * float(lengths.std()),
         accepted=len(rows) / len(kept.questions),
     )
 

@@ -30,6 +30,8 @@ MUON_BYTES = 8.0
 NEWTON_SCHULZ_STEPS = 5
 CACHED_TOKENS = 2304
 """Tokens that go through a fused decoder together, see `llama.CACHED_TOKENS`."""
+A_PART = 32
+"""See `llama.A_PART`."""
 LEAST_KEYS = 16
 """See `llama.LANES`."""
 WIDEST_PACK = 512
@@ -142,6 +144,8 @@ class Rows:
         group: how many of them share a prompt.
         read: where the last states are used: at every token, at those that predict the response, or at the last.
         longest: tokens of the longest, prompt and response; for memory.
+        spread: of the lengths of those that are computed together, from the shortest to the longest.
+        together: how many these are; 0 for all.
     """
 
     count: float
@@ -150,6 +154,8 @@ class Rows:
     group: float = 1.0
     read: Literal["all", "response", "last"] = "response"
     longest: float = 0.0
+    spread: float = 0.0
+    together: float = 0.0
 
     @property
     def length(self) -> float:
@@ -178,8 +184,17 @@ class Rows:
         return replace(self, count=self.count / group, response=group * self.response, group=1.0)
 
     def tokens(self, kernels: Kernels) -> float:
+        """Of all sequences, padding included.
+
+        Fused layers cut n sequences into k parts of similar length, each of which costs `A_PART` tokens. Where lengths
+        are even over a spread s, the padding is n s / 2k, and least with the parts' cost where it equals that.
+        """
         packed = self.packed(kernels)
-        return packed.count * packed.length
+        padding = 0.0
+        if kernels == "fused" and packed.count:
+            together = packed.count * (self.together / self.count if self.together else 1.0)
+            padding = packed.count / together * (A_PART * together * self.spread / 2) ** 0.5
+        return packed.count * packed.length + padding
 
     def keys(self, kernels: Kernels) -> float:
         """Keys that a query's product goes over."""

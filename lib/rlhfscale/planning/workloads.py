@@ -29,8 +29,14 @@ HELD_OUT_DOCUMENTS, LOSS_POINTS = 1024, 8
 """Of pretraining's held-out loss, measured so many times and once at the end."""
 DOCUMENT_BYTES = 3500.0
 """A demonstration in memory: its problem as Python objects, and its row of ids."""
+SPREAD = 20.0
+"""Rough spread of conversations' lengths."""
 ADAPTER_RANK = 16
 """Of the adapter that `language_stages.load` puts on a model that is only read."""
+EVEN = 12**0.5
+"""From the shortest to the longest, in standard deviations, where all lengths between are as frequent."""
+BUCKETED = 32
+"""Batches that are sorted by length together, see `data.documents.bucketed_batches`."""
 JUDGED_TOKENS = 1000
 """Rough length of a judge's prompt."""
 
@@ -42,6 +48,7 @@ class Lengths:
     Attributes:
         prompt, response: tokens on average, end of sequence included.
         longest: of prompt and response together.
+        spread: from the shortest to the longest, of even lengths with the same standard deviation.
         idle: steps of decoding for each token that is kept, see `passes.Decode`.
         compared: share of the prompts whose responses are not all alike in gold.
         distinct: share of those prompts' responses that differ from each other.
@@ -51,6 +58,7 @@ class Lengths:
     prompt: float
     response: float
     longest: float
+    spread: float = 0.0
     idle: float = 1.25
     compared: float = 0.7
     distinct: float = 0.7
@@ -164,7 +172,8 @@ def chain_lengths(families: tuple[str, ...], count: int = 512) -> Lengths:
 
     drawn = demonstrations((0,), "train", families, count, 0.0)
     prompt, whole = drawn.prompt_lengths, drawn.lengths
-    return Lengths(float(prompt.mean()), float((whole - prompt).mean()), float(prompt.max() + MAX_RESPONSE_TOKENS))
+    longest = float(prompt.max() + MAX_RESPONSE_TOKENS)
+    return Lengths(float(prompt.mean()), float((whole - prompt).mean()), longest, EVEN * float(whole.std()))
 
 
 def question_lengths(answers: language.Answers) -> Lengths:
@@ -172,11 +181,17 @@ def question_lengths(answers: language.Answers) -> Lengths:
     most = answers.max_new_tokens
     tuned = not isinstance(answers.model, language.Chat)
     response = min(language.RESPONSE_TOKENS if tuned else 0.6 * most, most)
-    return Lengths(language.PROMPT_TOKENS, response, 1.5 * language.PROMPT_TOKENS + most)
+    return Lengths(language.PROMPT_TOKENS, response, 1.5 * language.PROMPT_TOKENS + most, SPREAD)
 
 
 def _chains(spec: Any, families: tuple[str, ...], known: Mapping[Spec, Lengths]) -> Lengths:
     return known.get(spec) or chain_lengths(tuple(sorted(families)))
+
+
+def _in_batches(rows: Rows, lengths: Lengths, batch: float) -> Rows:
+    """Rows in batches of similar length."""
+    spread = lengths.spread / min(BUCKETED, max(1.0, rows.count / batch))
+    return replace(rows, spread=spread, together=min(batch, rows.count))
 
 
 def _documents(count: float, lengths: Lengths, read: str) -> Rows:
@@ -238,8 +253,9 @@ def _trained_on_labels(spec: Any, known: Mapping[Spec, Lengths]) -> Workload:
         compared = lengths.compared * share if outcome else share
         distinct = max(1.0, lengths.distinct * samples) if outcome else samples
         rows = Rows(compared * distinct, lengths.prompt, lengths.response, distinct, read, lengths.longest)
-        updates.append(Pass(network, rows, not whole, "scalar", gradients=True, times=spec.epochs))
         prompts = getattr(spec, "prompts_per_batch", None) or spec.responses_per_batch / samples
+        learnt = _in_batches(rows, lengths, prompts * distinct)
+        updates.append(Pass(network, learnt, not whole, "scalar", gradients=True, times=spec.epochs))
         steps = spec.epochs * ceil(compared / prompts)
         flops += steps * (muon_flops(network.shape) if whole else merge_flops(network))
         batch = max(batch, prompts * distinct)
@@ -284,6 +300,7 @@ def _updates(
     count = spec.prompts_per_update * spec.responses_per_prompt
     minibatch = minibatch or count
     rows = Rows(count, lengths.prompt, lengths.response, spec.responses_per_prompt, longest=lengths.longest)
+    rows = replace(rows, spread=lengths.spread)
     part = replace(rows.share(minibatch / count), group=max(1.0, rows.group * minibatch / count))
     # the first minibatch's values and gradients serve its step too, where it is computed in one pass
     reused = minibatch * lengths.longest <= TOKENS_PER_PASS
@@ -366,6 +383,7 @@ def _tuned(spec: language.Tuned, known: Mapping[Spec, Lengths]) -> Workload:
     lengths = known.get(spec) or replace(question_lengths(spec.data), response=language.RESPONSE_TOKENS)
     count = lengths.accepted * _questions(spec.data)
     rows = Rows(count, lengths.prompt, lengths.response, longest=lengths.longest)
+    rows = _in_batches(rows, lengths, spec.batch_size)
     train = Pass(network, rows, True, "vocabulary", gradients=True, times=spec.epochs)
     steps = spec.epochs * ceil(count / spec.batch_size)
     copied = network.base_bytes + network.adapter_bytes + BYTES[network.stored] * network.shape.num_linear
@@ -390,7 +408,7 @@ def _answer_reward(spec: language.AnswerReward, known: Mapping[Spec, Lengths]) -
         questions = len(source.tasks) * (spec.num_prompts or source.num_prompts)
         distinct = max(1.0, lengths.distinct * samples)
         rows = Rows(questions * distinct, lengths.prompt, lengths.response, distinct, "last", lengths.longest)
-        learnt = rows.share(lengths.compared)
+        learnt = _in_batches(rows.share(lengths.compared), lengths, spec.prompts_per_batch * distinct)
         updates.append(Pass(network, learnt, True, "scalar", gradients=True, times=spec.epochs))
         scored.append(Pass(reader, rows.share(CALIBRATED_SHARE), True, "scalar"))
         batch = max(batch, spec.prompts_per_batch * distinct)
@@ -420,7 +438,7 @@ def _aligned(spec: language.Aligned, known: Mapping[Spec, Lengths]) -> Workload:
     if lengths is None:
         response = min(language.RESPONSE_TOKENS, spec.max_new_tokens)
         longest = 1.5 * language.PROMPT_TOKENS + spec.max_new_tokens
-        lengths = Lengths(language.PROMPT_TOKENS, response, longest)
+        lengths = Lengths(language.PROMPT_TOKENS, response, longest, SPREAD)
     phases = _updates(spec, network, reward, lengths, None, False)
     networks = (network,) if shares else (network, reward)
     return Workload(networks, phases, network.storage_bytes["adapter"], **_memory_for_time(spec))
