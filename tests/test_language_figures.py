@@ -15,6 +15,7 @@ import tiny_chat
 from rlhfscale import (
     checkpoints,
     grid,
+    language,
     language_stages,
     params,
     plots,
@@ -286,8 +287,8 @@ def test_large_models_are_trained_alike_with_less_memory(project, monkeypatch):
     """Block inputs alone are kept and few tokens computed together; the reward model comes out the same."""
     P, made = project.made("02_reward_model_size")
     spec = P.reward_model("small", 1)
-    monkeypatch.setattr(language_stages, "LARGE", 1)
-    monkeypatch.setattr(language_stages, "LARGE_TOKENS", 256)
+    monkeypatch.setattr(language, "LARGE", 1)
+    monkeypatch.setattr(language, "LARGE_TOKENS", 256)
     store = Store(project.store.root.with_name("large"))
     inputs = {parent.key: project.store.open(parent.key) for parent in spec.parents}
     with store.create(spec) as folder:

@@ -22,6 +22,9 @@ RATE, GPU_RATE = 1.5e11, 1.0e14
 """Rough FLOP/s of one CPU thread in bfloat16, and of one GPU, for plans only."""
 PROMPT_TOKENS, RESPONSE_TOKENS = 46, 3
 """Rough lengths of a conversation and of a tuned model's answer, for plans only."""
+LARGE, LARGE_TOKENS = 2e8, 4096
+"""Models of so many parameters keep only the inputs of their blocks in training and are trained on so many tokens at a
+time: memory for time, and the same gradients."""
 CARD_BYTES = 80e9
 """Memory of the GPUs that are asked for."""
 WEIGHT_BYTES = {"bf16": 2.0, "nf4": 0.6}

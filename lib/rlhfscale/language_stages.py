@@ -27,9 +27,6 @@ from rlhfscale.tasks import reasoning
 
 BATCH, GPU_BATCH = 64, 256
 """Responses sampled together: on a CPU, more leave a core's caches."""
-LARGE, LARGE_TOKENS = 5e8, 4096
-"""Models of so many parameters keep only the inputs of their blocks in training and are trained on so many tokens at a
-time: memory for time, and the same gradients."""
 CALIBRATED = 4
 """A reward model's mean and spread are taken over the answers to every fourth labelled question."""
 LORA_ALPHA = 32.0
@@ -235,12 +232,12 @@ def _base(
 
 
 def _is_large(spec: language.Chat | language.Tuned | language.Aligned) -> bool:
-    return spec.chat.num_params >= LARGE
+    return spec.chat.num_params >= language.LARGE
 
 
 def _tokens(spec: language.Tuned) -> int:
     """Tokens that a model is trained on at a time, of a step's."""
-    return LARGE_TOKENS if _is_large(spec) else scorer.TOKENS_PER_MICRO_BATCH
+    return language.LARGE_TOKENS if _is_large(spec) else scorer.TOKENS_PER_MICRO_BATCH
 
 
 def _reworded(spec: language.Answers, inputs: Inputs, tokenizer: PreTrainedTokenizerBase) -> answer_data.Answers:

@@ -21,8 +21,6 @@ ROLLOUT_BATCH, ANSWER_BATCH, GPU_BATCH = 1024, 64, 256
 """Requests decoded together: `samplers.hf.sample`'s, and those of `language_stages`."""
 TOKENS_PER_PASS = 16384
 """`rl.config.Config.max_tokens_per_pass`, and `rewards.scorer.TOKENS_PER_MICRO_BATCH`."""
-LARGE, LARGE_TOKENS = 5e8, 4096
-"""Of `language_stages`: from so many parameters on only blocks' inputs are kept, and so many tokens make a pass."""
 CALIBRATED_PROMPTS, CALIBRATED_SHARE = 256, 1 / 4
 """Prompts of each source that a rung's reward model is calibrated on; share of the questions, of a language model's."""
 HELD_OUT_DOCUMENTS, LOSS_POINTS = 1024, 8
@@ -349,8 +347,8 @@ def _language(model: Any, default: str = "bf16", **options: Any) -> Network:
 
 def _memory_for_time(model: Any) -> dict[str, Any]:
     """What `language_stages` does for a large model."""
-    large = model.chat.num_params >= LARGE
-    return {"checkpointing": large, "tokens_per_pass": LARGE_TOKENS if large else TOKENS_PER_PASS}
+    large = model.chat.num_params >= language.LARGE
+    return {"checkpointing": large, "tokens_per_pass": language.LARGE_TOKENS if large else TOKENS_PER_PASS}
 
 
 def _questions(answers: language.Answers) -> int:
