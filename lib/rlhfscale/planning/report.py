@@ -8,7 +8,7 @@ from rlhfscale import grid
 from rlhfscale.planning.costs import RUNTIME_BYTES, StageCost, TierCost, model_of, precision_of
 from rlhfscale.planning.memory import Layout, peak
 from rlhfscale.planning.schedule import Simulation
-from rlhfscale.planning.workloads import TOKENS_PER_PASS, workload
+from rlhfscale.planning.workloads import TOKENS_PER_PASS, is_known, workload
 
 Group = tuple[str, str, str]
 
@@ -86,9 +86,9 @@ def simulations_table(simulations: Mapping[int, Simulation | str]) -> Table:
 def on_a_cpu(plan: grid.Plan) -> str:
     """One line on what a tier takes where every stage is a process of one thread."""
     layout = Layout("fused", 1, 1, TOKENS_PER_PASS, RUNTIME_BYTES["fused"])
-    works = {node.spec: workload(node.spec) for node in plan.to_run}
+    works = {node.spec: workload(node.spec) for node in plan.to_run if is_known(node.spec)}
     if not works:
-        return "nothing to compute"
+        return "nothing to compute" if not plan.to_run else "no formulas for these stages' memory and FLOPs"
     flops = sum(sum(work.flops("fused").values()) for work in works.values())
     memory = {spec: peak(work, layout).total for spec, work in works.items()}
     largest = max(memory, key=memory.__getitem__)
