@@ -14,7 +14,7 @@ Group = tuple[str, str, str]
 
 
 def stages_table(cost: TierCost) -> Table:
-    """A row for each kind of stage, model and precision; memory is that of the one that takes most."""
+    """A row for each kind of stage, model and precision: the fewest and the most GPUs, the memory of what takes most."""
     options = cost.options
     table = Table("stage", "model", "", title=f"{options.hardware.name}, at most {options.gpus}")
     for name in ("to run", "GPUs", "GB a GPU", "weights", "learning", "activations", "cache", "micro-batch"):
@@ -52,7 +52,13 @@ def _row(group: list[StageCost], most: StageCost, rate: float | None) -> list[st
         memory += [parts["weights"], parts["adapters"] + parts["learner"], parts["activations"], parts["cache"]]
     hours = sum(each.wall_s for each in group) / len(group) / 3600
     gpu_hours = sum(each.gpu_hours for each in group)
-    row = [str(len(group)), str(most.gpus), *[f"{part / 1e9:.1f}" for part in memory or ()], *[""] * (5 - len(memory))]
+    gpus = sorted({each.gpus for each in group})
+    row = [
+        str(len(group)),
+        "-".join(map(str, gpus[:: max(1, len(gpus) - 1)])),
+        *[f"{part / 1e9:.1f}" for part in memory or ()],
+        *[""] * (5 - len(memory)),
+    ]
     row += [str(most.micro_batch_tokens or ""), _short(_sum(group, "flops") / 1e15)]
     row += [_short(sum(each.tokens for each in group) / 1e6), _short(hours), _short(gpu_hours)]
     row.append(_short(sum(each.storage_bytes for each in group) / 1e9))
