@@ -170,7 +170,6 @@ def test_a_plans_constants_are_the_stages_own():
     from rlhfscale.stages import LOSS_POINTS
 
     assert (workloads.ANSWER_BATCH, workloads.GPU_BATCH) == (language_stages.BATCH, language_stages.GPU_BATCH)
-    assert (workloads.LARGE, workloads.LARGE_TOKENS) == (language_stages.LARGE, language_stages.LARGE_TOKENS)
     assert workloads.TOKENS_PER_PASS == scorer.TOKENS_PER_MICRO_BATCH == PPOConfig().max_tokens_per_pass
     assert 1 / workloads.CALIBRATED_SHARE == language_stages.CALIBRATED
     assert workloads.LOSS_POINTS == LOSS_POINTS

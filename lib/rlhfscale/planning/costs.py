@@ -16,7 +16,7 @@ from rlhfscale.planning.hardware import Hardware
 from rlhfscale.planning.memory import Layout, Memory, peak, tokens_together
 from rlhfscale.planning.passes import Decode, Network, Pass
 from rlhfscale.planning.schedule import Simulation, Task, simulate
-from rlhfscale.planning.workloads import Phase, Workload, has_model, workload
+from rlhfscale.planning.workloads import Phase, Workload, is_known, workload
 from rlhfscale.spec import Spec
 
 RUNTIME_BYTES = {"fused": 0.75e9, "plain": 2.0e9}
@@ -247,7 +247,7 @@ def tier_cost(plan: grid.Plan, options: Options) -> TierCost:
     costs: dict[tuple, StageCost] = {}
     stages = {}
     for node in plan.to_run:
-        if not has_model(node.spec):
+        if not is_known(node.spec):
             continue
         alike = _alike(node.spec)
         if alike not in costs:

@@ -9,7 +9,7 @@ from rlhfscale import grid
 from rlhfscale.planning.costs import RUNTIME_BYTES, StageCost, TierCost, model_of, precision_of
 from rlhfscale.planning.memory import Layout, peak
 from rlhfscale.planning.schedule import Simulation
-from rlhfscale.planning.workloads import TOKENS_PER_PASS, has_model, workload
+from rlhfscale.planning.workloads import TOKENS_PER_PASS, is_known, workload
 
 
 def figures_table(cost: TierCost) -> Table:
@@ -75,8 +75,10 @@ def _groups(cost: TierCost) -> dict[tuple[str, str], list[StageCost]]:
 def _work(group: list[StageCost], rate: float | None) -> list[str]:
     gpu_hours = sum(each.gpu_hours for each in group)
     hours = sum(each.wall_s for each in group) / len(group) / 3600
-    row = [str(len(group)), str(max(each.gpus for each in group)), _short(_sum(group, "flops") / 1e15), _short(hours)]
-    row += [_short(gpu_hours), _short(sum(each.storage_bytes for each in group) / 1e9)]
+    least, most = min(each.gpus for each in group), max(each.gpus for each in group)
+    row = [str(len(group)), str(most) if least == most else f"{least}-{most}"]
+    row += [_short(_sum(group, "flops") / 1e15), _short(hours), _short(gpu_hours)]
+    row.append(_short(sum(each.storage_bytes for each in group) / 1e9))
     return [*row, _short(rate * gpu_hours)] if rate else row
 
 
@@ -109,9 +111,9 @@ def simulations_table(simulations: Mapping[int, Simulation | str]) -> Table:
 def on_a_cpu(plan: grid.Plan) -> str:
     """One line on what a tier takes where every stage is a process of one thread."""
     layout = Layout("fused", 1, 1, TOKENS_PER_PASS, RUNTIME_BYTES["fused"])
-    works = {node.spec: workload(node.spec) for node in plan.to_run if has_model(node.spec)}
+    works = {node.spec: workload(node.spec) for node in plan.to_run if is_known(node.spec)}
     if not works:
-        return "nothing to compute with a model"
+        return "no formulas for these stages' memory and FLOPs" if plan.to_run else "nothing to compute"
     flops = sum(sum(work.flops("fused").values()) for work in works.values())
     memory = {spec: peak(work, layout).total for spec, work in works.items()}
     largest = max(memory, key=memory.__getitem__)

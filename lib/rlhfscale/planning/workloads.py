@@ -128,11 +128,6 @@ class Workload:
         return sum(phase.tokens for phase in self.phases)
 
 
-def has_model(spec: Spec) -> bool:
-    """Whether a stage computes with a model, and so has a `workload`."""
-    return any(isinstance(spec, kind) for kind in _BY_KIND)
-
-
 def workload(spec: Spec, known: Mapping[Spec, Lengths] | None = None) -> Workload:
     """What making a spec's artifact takes.
 
@@ -142,10 +137,14 @@ def workload(spec: Spec, known: Mapping[Spec, Lengths] | None = None) -> Workloa
     Raises:
         ValueError: a kind of spec, or a model, of which nothing is known.
     """
-    kind = next((kind for kind in _BY_KIND if isinstance(spec, kind)), None)
-    if kind is None:
+    if not is_known(spec):
         raise ValueError(f"{spec.title}: no plan for the stage {spec.stage}")
-    return _BY_KIND[kind](spec, known or {})
+    return _BY_KIND[type(spec)](spec, known or {})
+
+
+def is_known(spec: Spec) -> bool:
+    """Whether there are formulas for a kind of spec."""
+    return type(spec) in _BY_KIND
 
 
 def rung_shape(name: str) -> Shape:
