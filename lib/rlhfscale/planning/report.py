@@ -14,7 +14,7 @@ Group = tuple[str, str, str]
 
 
 def stages_table(cost: TierCost) -> Table:
-    """A row for each kind of stage, model and precision: the fewest and the most GPUs, the memory of what takes most."""
+    """A row for each kind of stage, model and precision: fewest and most GPUs, memory of what takes most."""
     options = cost.options
     table = Table("stage", "model", "", title=f"{options.hardware.name}, at most {options.gpus}")
     for name in ("to run", "GPUs", "GB a GPU", "weights", "learning", "activations", "cache", "micro-batch"):
