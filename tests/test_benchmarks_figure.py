@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from rlhfscale import figures, params, plots, stages, study
+from rlhfscale import figures, grid, params, plots, stages, study
 from rlhfscale.evals import alpaca_eval, planted, revisions, sources
 from rlhfscale.params import ParamsError
 from rlhfscale.results import ResultsFolder
@@ -28,7 +28,7 @@ def covered(P, folder):
     store = Store(folder)
     with store.create(P.coverage) as artifact:
         stages.coverage(P.coverage, {}, artifact)
-    return {P.coverage: store.open(P.coverage.key)}
+    return grid.Results(store, (P.coverage,), {P.coverage.key: "done"})
 
 
 def test_strength_and_win_rate_are_inverses():

@@ -191,7 +191,7 @@ def test_every_kind_of_spec_can_be_planned():
         for kind in vars(module).values()
         if isinstance(kind, type) and issubclass(kind, Spec) and "runner" in vars(kind)
     }
-    assert kinds == set(workloads._BY_KIND)
+    assert kinds - {specs.Coverage} == set(workloads._BY_KIND)  # that one has no model
 
 
 def test_more_data_means_more_work_and_a_larger_batch_more_memory():

@@ -194,7 +194,7 @@ DAMAGE = {
     "unreadable manifest": lambda store: overwrite(store, ".json", content(store, ".json")[:80]),
     "describes another artifact": lambda store: edit_manifest(store, spec=Number(value=2).describe()),
     "names no attempt": lambda store: edit_manifest(store, attempt="../" + "a" * 29),
-    "unreadable manifest.json": lambda store: edit_manifest(store, files={"b.txt": 3}),
+    "manifest.json has changed": lambda store: edit_manifest(store, files={"b.txt": 3}),
 }
 
 
