@@ -9,7 +9,7 @@ PARTS = ("weights", "adapters", "learner", "activations", "cache", "data", "runt
 FRAGMENTATION = 1.1
 """Memory that an allocator holds for each byte that lives in it."""
 RETAINED = 0.75
-"""Of what earlier phases took, the share that a CPU's heap has not found another use for (see `allocator`)."""
+"""Of the most that another phase took, the share that a CPU's heap has found no other use for (see `allocator`)."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ def peak(work: Workload, layout: Layout) -> Memory:
     found = [(phase.name, *_phase_bytes(phase, layout, work.checkpointing)) for phase in phases]
     name, activations, cache = max(found, key=lambda entry: entry[1] + entry[2])
     if layout.kernels == "fused":
-        others = sum(sum(entry[1:]) for entry in found) - activations - cache
-        activations += RETAINED * (others + sum(n.quantising_bytes for n in networks))
+        earlier = [sum(sizes) for other, *sizes in found if other != name] + [sum(n.quantising_bytes for n in networks)]
+        activations += RETAINED * max(earlier)
     slack = FRAGMENTATION if work.phases else 1.0
     parts = resident | {"activations": slack * activations, "cache": slack * cache}
     return Memory({part: parts[part] for part in PARTS}, name)
