@@ -1,4 +1,4 @@
-# make figures                         every figure, table and verdict of the laptop tier; again in seconds
+# make figures                         every figure, table and verdict of the laptop tier; again in a minute
 # make figures TIER=smoke FIGURE=01    one figure with the smallest settings
 # make figures TIER=gpu24              the study on published models, on one card of 24 GB: planned, not run
 # make figures FIGURE=20_real_model    the pipeline on SmolLM2-135M, half an hour for each of five seeds
