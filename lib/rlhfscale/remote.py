@@ -131,7 +131,8 @@ class Remote:
                 far = [f"{self._at(key)}/{attempt}/{name}" for name in near]
                 self._try(f"download {key}", self._fs.get, far, [str(path) for path in near.values()])
             except FileNotFoundError:
-                there = [self._fs.exists(path) for path in far]  # the first to fail stops the others on their way
+                # the first to fail stops the others on their way
+                there = [self._try(f"look for {key}", self._fs.exists, path) for path in far]
                 missing = next((name for name, exists in zip(near, there, strict=True) if not exists), "a file")
                 raise Damaged(f"{missing} is missing") from None
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, allow_nan=False) + "\n")
