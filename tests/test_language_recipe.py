@@ -56,6 +56,7 @@ def test_every_setting_changes_some_artifact():
         return [settings.evaluation(policy, 1).key for policy in found]
 
     others = {"precision": "nf4", "nf4_rungs": (), "tasks": recipe.tasks[:4], "label_rungs": ("llama-3.1-8b",)}
+    others["ppo_policy_lr_of"] = {"llama-3.1-405b": 1e-6}
     for name, value in recipe.model_dump().items():
         if name != "ladder":
             new = others[name] if name in others else value * 2
@@ -104,6 +105,8 @@ def test_figures_that_need_the_other_ladder_say_why(figure):
         ("tasks", ["sudoku"], ["tasks", "sudoku", "lcm_hard"]),
         ("label_rungs", ["gpt"], ["label_rungs", "gpt", "llama-3.1-8b"]),
         ("nf4_rungs", ["llama-3.1-8b"] * 2, ["nf4_rungs", "twice"]),
+        ("ppo_policy_lr_of", {"gpt": 0.1}, ["ppo_policy_lr_of", "gpt", "llama-3.1-8b"]),
+        ("ppo_policy_lr_of", {"llama-3.1-8b": 0.0}, ["ppo_policy_lr_of", "above 0", "llama-3.1-8b"]),
         ("eval_prompts", 501, ["eval_prompts", "501", "5 tasks"]),
         ("reward_prompts", 4005, ["reward_prompts", "4005", "2 label rungs"]),
         ("ppo_lr", 0.1, ["ppo_lr", "unknown", "ppo_policy_lr"]),

@@ -47,6 +47,7 @@ class CheckpointRecipe(BaseModel):
     ppo_responses: int = Field(ge=1, description="responses to each of them")
     ppo_epochs: int = Field(ge=1, description="passes over an update's roll-outs, in one optimiser step each")
     ppo_policy_lr: float = Field(gt=0, description="AdamW rate of the policy's adapter")
+    ppo_policy_lr_of: dict[str, float] = Field({}, description="the same of rungs that have a rate of their own")
     ppo_critic_lr: float = Field(gt=0, description="AdamW rate of the value head on the policy's trunk")
     ppo_value_coefficient: float = Field(gt=0, description="weight of the value loss")
     ppo_kl: float = Field(ge=0, description="KL coefficient, in standard deviations of the score for a nat")
@@ -69,6 +70,9 @@ class CheckpointRecipe(BaseModel):
     def _check(self) -> Self:
         self.check_rungs("label_rungs", self.label_rungs)
         self.check_rungs("nf4_rungs", self.nf4_rungs)
+        self.check_rungs("ppo_policy_lr_of", tuple(self.ppo_policy_lr_of))
+        if bad := [rung for rung, rate in self.ppo_policy_lr_of.items() if rate <= 0]:
+            raise ValueError(f"ppo_policy_lr_of: rates must be above 0, not those of {', '.join(bad)}")
         if unknown := [task for task in self.tasks if task not in reasoning.TASKS]:
             raise ValueError(f"tasks: {unknown} are not among {', '.join(reasoning.TASKS)}")
         for name in ("rejection_prompts", "eval_prompts"):
@@ -185,6 +189,11 @@ class CheckpointRecipe(BaseModel):
         counts = {"prompts": prompts, "responses": responses}
         return self.policy_of(self.sft(rung), self.reward_model(reward_rung, seed), seed, algorithm=algorithm, **counts)
 
+    def policy_lr(self, algorithm: Algorithm, rung: str) -> float:
+        """AdamW rate of a policy's adapter."""
+        common = getattr(self, f"{algorithm}_policy_lr")
+        return self.ppo_policy_lr_of.get(rung, common) if algorithm == "ppo" else common
+
     def policy_of(
         self,
         base: language.Tuned,
@@ -210,7 +219,7 @@ class CheckpointRecipe(BaseModel):
             responses_per_prompt=responses or self.ppo_responses,
             epochs=self.ppo_epochs,
             max_new_tokens=self.max_new_tokens,
-            policy_lr=getattr(self, f"{algorithm}_policy_lr"),
+            policy_lr=self.policy_lr(algorithm, base.checkpoint),
             kl_coefficient=getattr(self, f"{algorithm}_kl"),
             missing_eos_penalty=self.ppo_eos_penalty,
             lora_rank=self.lora_rank,
