@@ -14,6 +14,7 @@ import pandas as pd
 from rlhfscale import ladder, specs
 from rlhfscale.data.demonstrations import STREAM, encode_prompts, problem_list
 from rlhfscale.data.responses import Responses
+from rlhfscale.planning.workloads import rung_shape
 from rlhfscale.spec import Spec
 
 Folders = Mapping[Spec, Path]
@@ -24,17 +25,11 @@ def read_flops(rung: str, tokens: float, length: float) -> float:
     return ladder.rung(rung).train_flops(tokens, length) / 3
 
 
-def adapter_params(rung: str, rank: int) -> int:
-    """Parameters of LoRA on every linear layer of the decoder."""
-    shape = ladder.rung(rung)
-    return shape.layers * rank * (4 * 2 * shape.width + 3 * (shape.width + shape.feed_forward))
-
-
 def adapter_train_flops(rung: str, rank: int, tokens: float, length: float) -> float:
     """FLOPs of training adapters: forward, gradients of activations, and all of the adapters' own."""
     shape = ladder.rung(rung)
     frozen = (4.0 * shape.num_params_with_embeddings + 12.0 * shape.layers * length * shape.width) * tokens
-    return frozen + 6.0 * adapter_params(rung, rank) * tokens
+    return frozen + 6.0 * rung_shape(rung).adapter_params(rank) * tokens
 
 
 def samples_flops(spec: specs.Samples, folders: Folders) -> float:

@@ -355,12 +355,16 @@ class Benchmarks(RecipeFigure):
         return tuple(found)
 
     @property
+    def hardest(self) -> int:
+        """Place of the model whose length and strength differ most from the baseline's."""
+        return max(range(len(self.extra_chars)), key=lambda place: abs(self.extra_chars[place]))
+
+    @property
     def coverage(self) -> specs.Coverage:
-        """Of the model whose length and strength differ most from the baseline's."""
-        hardest = max(range(len(self.extra_chars)), key=lambda place: abs(self.extra_chars[place]))
+        """Of the intervals of the hardest model."""
         return specs.Coverage(
-            win_rate=self.win_rates[hardest],
-            extra_chars=self.extra_chars[hardest],
+            win_rate=self.win_rates[self.hardest],
+            extra_chars=self.extra_chars[self.hardest],
             num_instructions=self.num_instructions,
             num_simulations=self.num_simulations,
             num_refits=self.num_refits,

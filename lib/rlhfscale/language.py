@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from rlhfscale.checkpoints import CHECKPOINTS, checkpoint
 from rlhfscale.spec import Needs, Spec
-from rlhfscale.specs import Algorithm
+from rlhfscale.specs import Algorithm, check_algorithm
 from rlhfscale.tasks.reasoning import TASKS
 
 Precision = Literal["bf16", "nf4"]
@@ -279,13 +279,7 @@ class Aligned(Spec):
 
     @model_validator(mode="after")
     def _fields_of_the_algorithm(self) -> "Aligned":
-        given = [name for name in PPO_ONLY if getattr(self, name) is not None]
-        if self.algorithm == "ppo" and len(given) < len(PPO_ONLY):
-            raise ValueError(f"ppo needs {', '.join(name for name in PPO_ONLY if name not in given)}")
-        if self.algorithm != "ppo" and given:
-            raise ValueError(f"{self.algorithm} has no critic and no use for {', '.join(given)}")
-        if self.algorithm != "ppo" and self.responses_per_prompt < 2:
-            raise ValueError(f"responses_per_prompt: {self.algorithm} compares at least 2 responses to a prompt")
+        check_algorithm(self, PPO_ONLY)
         return self
 
     @property

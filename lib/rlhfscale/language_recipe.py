@@ -6,10 +6,11 @@ they nor their notebooks know which ladder it is on. Nothing here imports torch.
 
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from rlhfscale import language
 from rlhfscale.checkpoints import checkpoint
+from rlhfscale.recipe_base import RecipeBase
 from rlhfscale.specs import Algorithm
 from rlhfscale.tasks import reasoning
 
@@ -19,10 +20,10 @@ CHOSEN_ON = 0
 """Seed of the held-out questions of reward models and of learning rates, on which no verdict is measured."""
 
 
-class CheckpointRecipe(BaseModel):
+class CheckpointRecipe(RecipeBase):
     """Fixed and nuisance settings of a tier, the same for every rung. Questions are counted over all tasks."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+    find = staticmethod(checkpoint)
 
     ladder: Literal["checkpoints"] = Field(description="rungs are published models, see rlhfscale.checkpoints")
     precision: language.Precision | None = Field(description="of every base; without one, bfloat16 on a CPU")
@@ -61,18 +62,9 @@ class CheckpointRecipe(BaseModel):
     eval_prompts: int = Field(ge=2, description="held-out questions")
     eval_samples: int = Field(ge=1, description="sampled responses to each of them")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _lists_to_tuples(cls, values: dict) -> dict:
-        return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-
     @model_validator(mode="after")
     def _check(self) -> Self:
-        self.check_rungs("label_rungs", self.label_rungs)
         self.check_rungs("nf4_rungs", self.nf4_rungs)
-        self.check_rungs("ppo_policy_lr_of", tuple(self.ppo_policy_lr_of))
-        if bad := [rung for rung, rate in self.ppo_policy_lr_of.items() if rate <= 0]:
-            raise ValueError(f"ppo_policy_lr_of: rates must be above 0, not those of {', '.join(bad)}")
         if unknown := [task for task in self.tasks if task not in reasoning.TASKS]:
             raise ValueError(f"tasks: {unknown} are not among {', '.join(reasoning.TASKS)}")
         for name in ("rejection_prompts", "eval_prompts"):
@@ -83,16 +75,6 @@ class CheckpointRecipe(BaseModel):
                 f" rungs and {len(self.tasks)} tasks"
             )
         return self
-
-    def check_rungs(self, name: str, rungs: tuple[str, ...]) -> None:
-        """Raise ValueError, naming the field, unless these are different checkpoints."""
-        for rung in rungs:
-            try:
-                checkpoint(rung)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from None
-        if len(set(rungs)) < len(rungs):
-            raise ValueError(f"{name}: {list(rungs)} names a rung twice")
 
     def _by_task(self, name: str, count: int) -> int:
         """The questions of each task. Raises ValueError, naming the field, where they do not share out."""
@@ -188,11 +170,6 @@ class CheckpointRecipe(BaseModel):
         """As `Recipe.policy`: trained against the reward model of the same seed, by its score alone."""
         counts = {"prompts": prompts, "responses": responses}
         return self.policy_of(self.sft(rung), self.reward_model(reward_rung, seed), seed, algorithm=algorithm, **counts)
-
-    def policy_lr(self, algorithm: Algorithm, rung: str) -> float:
-        """AdamW rate of a policy's adapter."""
-        common = getattr(self, f"{algorithm}_policy_lr")
-        return self.ppo_policy_lr_of.get(rung, common) if algorithm == "ppo" else common
 
     def policy_of(
         self,

@@ -10,13 +10,14 @@ checkpoints: ``ladder: checkpoints`` in the file asks for it, and it describes t
 from functools import lru_cache
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from rlhfscale import ladder, specs, tasks
 from rlhfscale.checkpoints import CHECKPOINTS, checkpoint
 from rlhfscale.language_recipe import CheckpointRecipe
 from rlhfscale.params import ParamsError, explain, read_yaml
 from rlhfscale.paths import project_root
+from rlhfscale.recipe_base import RecipeBase
 from rlhfscale.specs import Algorithm
 
 FAMILIES = tuple(tasks.FAMILIES)
@@ -28,10 +29,10 @@ def num_params(rung: str) -> int:
     return checkpoint(rung).num_params if rung in CHECKPOINTS else ladder.rung(rung).num_params
 
 
-class Recipe(BaseModel):
+class Recipe(RecipeBase):
     """Fixed and nuisance settings of a tier. Rates scale with one over the rung's width where the name says so."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+    find = staticmethod(ladder.rung)
 
     pretrain_documents: int = Field(ge=64, description="demonstrations in pretraining, each seen once")
     pretrain_slip: float = Field(ge=0, lt=1, description="probability that a demonstrated token is a slip")
@@ -82,19 +83,6 @@ class Recipe(BaseModel):
     eval_prompts: int = Field(ge=2, description="held-out prompts")
     eval_samples: int = Field(ge=1, description="sampled responses to each held-out prompt")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _lists_to_tuples(cls, values: dict) -> dict:
-        return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-
-    @model_validator(mode="after")
-    def _rungs_on_ladder(self) -> Self:
-        self.check_rungs("label_rungs", self.label_rungs)
-        self.check_rungs("ppo_policy_lr_of", tuple(self.ppo_policy_lr_of))
-        if bad := [rung for rung, rate in self.ppo_policy_lr_of.items() if rate <= 0]:
-            raise ValueError(f"ppo_policy_lr_of: rates must be above 0, not those of {', '.join(bad)}")
-        return self
-
     @model_validator(mode="after")
     def _minibatches_divide(self) -> Self:
         rollouts = self.ppo_prompts * self.ppo_responses
@@ -116,16 +104,6 @@ class Recipe(BaseModel):
         except ValidationError as error:
             message = "; ".join(explain(problem, list(kind.model_fields)) for problem in error.errors())
             raise ParamsError(f"{file}: {message}") from None
-
-    def check_rungs(self, name: str, rungs: tuple[str, ...]) -> None:
-        """Raise ValueError, naming the field, unless these are different rungs of the ladder."""
-        for rung in rungs:
-            try:
-                ladder.rung(rung)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from None
-        if len(set(rungs)) < len(rungs):
-            raise ValueError(f"{name}: {list(rungs)} names a rung twice")
 
     def pretrain(self, rung: str) -> specs.Pretrain:
         return specs.Pretrain(
@@ -207,11 +185,6 @@ class Recipe(BaseModel):
     def steps_per_epoch(self) -> int:
         """Optimiser steps in a pass over an update's roll-outs, the same whatever their number."""
         return self.ppo_prompts * self.ppo_responses // self.ppo_minibatch
-
-    def policy_lr(self, algorithm: Algorithm, rung: str) -> float:
-        """AdamW rate of a policy's adapter."""
-        common = getattr(self, f"{algorithm}_policy_lr")
-        return self.ppo_policy_lr_of.get(rung, common) if algorithm == "ppo" else common
 
     def policy(
         self,

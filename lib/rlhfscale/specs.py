@@ -171,6 +171,17 @@ PPO_ONLY = "critic", "critic_lr", "value_coefficient", "value_clip", "gamma", "l
 """Fields of `Policy` that belong to a critic: PPO needs each of them, GRPO and RLOO have none."""
 
 
+def check_algorithm(policy: Spec, ppo_only: tuple[str, ...]) -> None:
+    """Raise ValueError where a policy lacks a field that its algorithm needs, or has one that it has no use for."""
+    given = [name for name in ppo_only if getattr(policy, name) is not None]
+    if policy.algorithm == "ppo" and len(given) < len(ppo_only):
+        raise ValueError(f"ppo needs {', '.join(name for name in ppo_only if name not in given)}")
+    if policy.algorithm != "ppo" and given:
+        raise ValueError(f"{policy.algorithm} has no critic and no use for {', '.join(given)}")
+    if policy.algorithm != "ppo" and policy.responses_per_prompt < 2:
+        raise ValueError(f"responses_per_prompt: {policy.algorithm} compares at least 2 responses to a prompt")
+
+
 class Policy(Spec):
     """An SFT model trained against a frozen reward model, by PPO or by one of its siblings without a critic."""
 
@@ -204,13 +215,7 @@ class Policy(Spec):
 
     @model_validator(mode="after")
     def _fields_of_the_algorithm(self) -> "Policy":
-        given = [name for name in PPO_ONLY if getattr(self, name) is not None]
-        if self.algorithm == "ppo" and len(given) < len(PPO_ONLY):
-            raise ValueError(f"ppo needs {', '.join(name for name in PPO_ONLY if name not in given)}")
-        if self.algorithm != "ppo" and given:
-            raise ValueError(f"{self.algorithm} has no critic and no use for {', '.join(given)}")
-        if self.algorithm != "ppo" and self.responses_per_prompt < 2:
-            raise ValueError(f"responses_per_prompt: {self.algorithm} compares at least 2 responses to a prompt")
+        check_algorithm(self, PPO_ONLY)
         return self
 
     @model_validator(mode="after")

@@ -484,7 +484,7 @@ def benchmarks(P: Benchmarks, folders: Folders) -> Tables:
         per_prompt = {"node": node, "seed": P.seed, "metric": "win", "value": drawn.wins, "model": model}
         prompts.append(pd.DataFrame(per_prompt).rename_axis("prompt_id").reset_index())
     shares = json.loads((folders[P.coverage] / "coverage.json").read_text())
-    hardest = f"planted {P.extra_chars.index(P.coverage.extra_chars) + 1}"
+    hardest = f"planted {P.hardest + 1}"
     for name, share in shares.items():
         low, high = proportion_interval(share, P.num_simulations)
         summary.append(
