@@ -63,3 +63,14 @@ def results_root() -> Path:
 def current_tier() -> str:
     """``$RLHFSCALE_TIER``, or ``laptop``."""
     return os.environ.get("RLHFSCALE_TIER") or "laptop"
+
+
+def replace_file(path: Path, content: bytes) -> Path:
+    """Write a file under a temporary name and rename it, so that a reader never sees half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path

@@ -20,9 +20,10 @@ from typing import Any
 import pandas as pd
 
 from rlhfscale import paths
+from rlhfscale.paths import replace_file
 from rlhfscale.stats import claims
 from rlhfscale.stats.bootstrap import Interval
-from rlhfscale.stats.claims import ClaimResult, replace_file
+from rlhfscale.stats.claims import ClaimResult
 
 RUNS_COLUMNS = ("figure", "command", "node", "rung", "num_params", "seed", "metric", "value", "num_prompts")
 """Required in runs.csv: one row per run x seed x metric. ``node`` is the artifact's key; conditions are further

@@ -23,7 +23,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from rlhfscale.stats.claims import replace_file
+from rlhfscale.paths import replace_file
 
 Message = dict[str, str]
 """``role`` and ``content``, as in OpenAI's chat API."""

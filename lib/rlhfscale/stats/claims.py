@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from rlhfscale.paths import replace_file
 from rlhfscale.stats.bootstrap import Interval
 
 Verdict = Literal["reproduced", "contradicted", "inconclusive"]
@@ -420,14 +421,3 @@ def _markdown(table: pd.DataFrame, tier: str) -> str:
             advice = {"more prompts": "more prompts are needed, more seeds alone would not do"}
             lines.append(f"- to settle it: {advice.get(row.seeds_to_settle, row.seeds_to_settle + ' seeds')}")
     return "\n".join(lines) + "\n"
-
-
-def replace_file(path: Path, content: bytes) -> Path:
-    """Write a file under a temporary name and rename it, so that a reader never sees half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
