@@ -16,8 +16,9 @@ from rich.console import Console
 
 from rlhfscale import grid, pool
 from rlhfscale.grid import GridError, ensure, plan
+from rlhfscale.pool import PoolError
 from rlhfscale.store import Store, StoreError
-from toy_stages import Number, Total, read
+from toy_stages import Number, Together, Total, read
 
 
 def quiet() -> Console:
@@ -65,6 +66,18 @@ def test_one_process_at_a_time_has_the_gpus(tmp_path):
     ordered = sorted(spans[spec] for spec in on_gpus)
     assert all(first[1] <= second[0] for first, second in itertools.pairwise(ordered))
     assert spans[plain][0] < ordered[1][0]
+
+
+def test_what_takes_more_gpus_than_the_machine_has_is_refused_before_anything_is_made(tmp_path, monkeypatch):
+    import torch
+
+    store, ready = Store(tmp_path), Number(value=1)
+    with pytest.raises(PoolError, match=r"takes 2 GPUs of 2 machines, this machine has 0; run on a cluster by --ray"):
+        run([ready, Together(part=Number(value=3), machines=2)], store)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(PoolError, match="takes 2 GPUs, this machine has 1"):
+        run([ready, Together(part=Number(value=3))], store)
+    assert not store.has(ready.key)
 
 
 def test_a_graph_is_made_once_and_then_cached(tmp_path):

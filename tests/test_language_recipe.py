@@ -14,6 +14,9 @@ from rlhfscale import (
 )
 from rlhfscale.params import ParamsError
 from rlhfscale.paths import project_root
+from rlhfscale.planning import costs
+from rlhfscale.planning.hardware import hardware
+from rlhfscale.pool import PoolError
 from rlhfscale.recipe import Recipe
 from rlhfscale.rl import TRAINERS
 from rlhfscale.tasks import reasoning
@@ -63,16 +66,22 @@ def test_every_setting_changes_some_artifact():
             assert keys(recipe.model_copy(update={name: new})) != keys(recipe), name
 
 
-def test_the_machine_that_a_model_needs():
+def test_stages_take_the_gpus_that_the_planner_finds(monkeypatch):
     paper, laptop = Recipe.load("paper"), params.load("20_real_model", "laptop")
-    small, large = (paper.policy(rung, "llama-3.1-8b", 1).needs for rung in ("llama-3.1-8b", "llama-3.1-70b"))
-    largest = paper.policy("llama-3.1-405b", "llama-3.1-70b", 1).needs
-    assert small.gpus == 1 and 1 < large.gpus < largest.gpus <= 8
-    assert small.memory_mib < large.memory_mib < largest.memory_mib
+    policies = [paper.policy(rung, "llama-3.1-70b", 1) for rung in ("llama-3.1-8b", "llama-3.1-70b", "llama-3.1-405b")]
+    small, large, largest = (policy.needs for policy in policies)
+    options = costs.Options(hardware("h100-80gb"), 64)
+    assert [policy.needs.gpus for policy in policies] == [costs.stage_cost(p, options).gpus for p in policies]
+    assert (small.machines, large.machines) == (1, 1) and largest.gpus == 8 * largest.machines > 8
+    assert small.memory_mib == large.memory_mib < largest.memory_mib
     assert paper.chat("llama-3.1-405b").needs.gpus == 0
-    alone = paper.policy("llama-3.1-70b", "llama-3.1-70b", 1)
-    assert alone.shares_base and alone.needs.gpus < largest.gpus
     assert not any(spec.needs.gpus for spec in laptop.specs())
+    alone = paper.policy("llama-3.1-8b", "llama-3.1-8b", 1)
+    assert alone.needs.gpus == 1 < small.gpus
+    monkeypatch.setenv("RLHFSCALE_GPU", "l4-24gb")
+    assert 1 < alone.needs.gpus <= 8
+    with pytest.raises(PoolError, match=r"aligned .* needs .* GB on each of .* l4-24gb, 24.0 GB available"):
+        print(policies[0].needs)
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,15 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
 from rlhfscale.ray_pool import RayError, RayPool
+from rlhfscale.spec import Needs
 from rlhfscale.store import Store
 from test_grid import alive, diamond, drive, lines, many, no_half_artifact, quiet, run
-from toy_stages import Number, Total, read
+from toy_stages import Number, Together, Total, read
 
 pytestmark = pytest.mark.xdist_group("ray")
 
@@ -32,8 +34,9 @@ def cluster(tmp_path_factory):
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = path
     found = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    for _ in range(2):  # each with a cache of its own, for stores at a URL
-        found.add_node(num_cpus=1, env_vars={"RLHFSCALE_CACHE": str(tmp_path_factory.mktemp("cache"))})
+    for _ in range(2):  # each with a cache of its own, for stores at a URL; the GPUs are there in name only
+        variables = {"RLHFSCALE_CACHE": str(tmp_path_factory.mktemp("cache"))}
+        found.add_node(num_cpus=1, num_gpus=1, env_vars=variables)
     yield found
     import ray
 
@@ -97,6 +100,78 @@ def test_a_driver_that_is_killed_leaves_nothing_running_and_a_second_one_goes_on
     made = [line.split()[0] for line in lines(trace)]
     assert all(made.count(key) == 1 for key in finished)
     no_half_artifact(Store(root))
+
+
+def test_a_stage_that_takes_two_machines(cluster, tmp_path):
+    store, trace = Store(tmp_path / "s"), tmp_path / "trace"
+    spec = Together(part=Number(value=3), machines=2, trace=str(trace))
+    assert read(run([spec], store, ray=cluster.address)[spec]) == 33
+    assert {path.name for path in store.open(spec.key).glob("*.txt")} == {"0.txt"}
+    assert len({line.split()[1] for line in lines(trace)}) == 2
+    no_half_artifact(store)
+
+
+@pytest.mark.parametrize(
+    ("mood", "message"),
+    [("raise", "process 1 of 2: ValueError: loss is NaN at step 3"), ("die", "process 1 of 2: ended with status -9")],
+)
+def test_a_process_that_fails_on_the_other_machine_ends_all(cluster, tmp_path, mood, message):
+    bad, good = Together(part=Number(value=3), machines=2, mood=mood), Number(value=7)
+    results = run([bad, good], Store(tmp_path), ray=cluster.address, raise_on_failure=False)
+    assert message in results.failures[bad.key].message
+    assert results.status[good.key] == "done"
+    no_half_artifact(Store(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("lost", "words"), [("0", "its Ray worker is gone"), ("1", "another machine of its team is gone")]
+)
+@pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+def test_a_stage_that_loses_one_of_its_machines_is_made_on_others(cluster, tmp_path, lost, words):
+    """Only the machines of this test, one more than it takes, have the two cores that it asks of each."""
+    store, trace, console = Store(tmp_path / "s"), tmp_path / "trace", quiet()
+    spec = Together(part=Number(value=3), machines=2, cpus=2, mood="hang once", trace=str(trace))
+    nodes = {}
+    for _ in range(3):
+        node = cluster.add_node(num_cpus=2, num_gpus=1)
+        nodes[node.all_processes["raylet"][0].process.pid] = node
+    cluster.wait_for_nodes()
+
+    def kill_one_when_both_run() -> None:
+        while len(lines(trace)) < 2:
+            time.sleep(0.1)
+        (process,) = (int(pid) for rank, pid in map(str.split, lines(trace)) if rank == lost)
+        (raylet,) = nodes.keys() & set(ancestors(process))
+        cluster.remove_node(nodes.pop(raylet), allow_graceful=False)
+
+    killer = threading.Thread(target=kill_one_when_both_run)
+    killer.start()
+    results = run([spec], store, ray=cluster.address, console=console)
+    killer.join()
+    for node in nodes.values():
+        cluster.remove_node(node)
+    assert read(results[spec]) == 33 and len(lines(trace)) == 4
+    assert words in console.export_text()
+    no_half_artifact(store)
+
+
+def ancestors(pid: int) -> list[int]:
+    """A process's parent, its parent, and so on."""
+    found = []
+    while pid > 1:
+        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        found.append(pid)
+    return found
+
+
+def test_gpus_that_no_machine_has_are_named_and_waited_for(cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr(Number, "needs", Needs(gpus=4))
+    pool = RayPool(Store(tmp_path), cluster.address, 1)
+    try:
+        with pytest.warns(UserWarning, match="takes 4 GPUs of one machine, no machine of the cluster has more than 1"):
+            pool.check([Number(value=1)])
+    finally:
+        pool.stop()
 
 
 def test_a_store_that_a_machine_cannot_see_is_refused(cluster, tmp_path, monkeypatch):

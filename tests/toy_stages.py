@@ -52,17 +52,21 @@ class Total(Spec):
 
 
 class Together(Spec):
-    """What each of two processes finds. ``mood``: what goes wrong in the second one."""
+    """What each of two processes finds. ``mood``: what goes wrong in the second one. ``cpus``: of each machine.
+    ``trace``: a file that gets each process's number and id."""
 
     stage: ClassVar[str] = "together"
     runner: ClassVar[str] = "toy_stages:make_together"
 
     part: Number
     mood: str = ""
+    trace: str = ""
+    cpus: float = 1.0
+    machines: int = 1
 
     @property
     def needs(self) -> Needs:
-        return Needs(cpus=2, gpus=2)
+        return Needs(cpus=self.cpus, gpus=2, machines=self.machines)
 
 
 class Files(Spec):
@@ -81,10 +85,15 @@ def make_together(spec: Together, inputs: dict[str, Path], folder: Path) -> None
 
     from rlhfscale import parallel
 
+    if spec.trace:
+        with open(spec.trace, "a") as file:
+            file.write(f"{parallel.rank()} {os.getpid()}\n")
     if spec.mood == "raise" and parallel.rank() == 1:
         raise ValueError("loss is NaN at step 3")
     if spec.mood == "die" and parallel.rank() == 1:
         os.kill(os.getpid(), signal.SIGKILL)
+    if spec.mood == "hang once" and Path(spec.trace).read_text().count("\n") <= 2:
+        time.sleep(1000)
     total = parallel.summed(torch.tensor(read(inputs[spec.part.key]) * 10 ** parallel.rank()))
     (folder / f"{parallel.rank()}.txt").write_text("")
     (folder / "value.json").write_text(json.dumps(int(total)))

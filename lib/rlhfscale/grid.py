@@ -215,8 +215,9 @@ def ensure(
     A node that fails is reported, its dependants are skipped, all others go on; then GridError, unless
     ``raise_on_failure`` is false. A store that cannot be written stops everything with StoreError. Interrupted, it
     stops the workers, which delete what is half made, and raises KeyboardInterrupt; calling it again continues.
-    Raises ray_pool.RayError where Ray cannot be used, before anything is computed. Of a store at a URL, the artifacts
-    that ``specs`` asks for are downloaded first; one that is found damaged there is made again.
+    Raises pool.PoolError, before anything is computed, where Ray cannot be used or this machine has too few GPUs. Of a
+    store at a URL, the artifacts that ``specs`` asks for are downloaded first; one that is found damaged there is made
+    again.
     """
     store, groups, console = store or Store(), _groups(specs), console or Console()
     requested = {spec.key: spec for group in groups.values() for spec in group}
@@ -277,12 +278,18 @@ class _Run:
         self.store.sweep()
         self.pool = self.open_pool()
         try:
-            if self.progress:
-                self.progress.begin()
+            self.pool.check([node.spec for node in self.plan.to_run])
+            self.work()
+        finally:
+            self.stop()
+
+    def work(self) -> None:
+        if self.progress:
+            self.progress.begin()
+        try:
             while self.step():
                 pass
         finally:
-            self.stop()
             if self.progress:
                 self.progress.end()
 

@@ -6,7 +6,6 @@ The models of a node need not be of one checkpoint: a reward model learns from o
 of a policy of another size. Nothing here imports torch.
 """
 
-import math
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -25,10 +24,6 @@ PROMPT_TOKENS, RESPONSE_TOKENS = 46, 3
 LARGE, LARGE_TOKENS = 2e8, 4096
 """Models of so many parameters keep only the inputs of their blocks in training and are trained on so many tokens at a
 time: memory for time, and the same gradients."""
-CARD_BYTES = 80e9
-"""Memory of the GPUs that are asked for."""
-WEIGHT_BYTES = {"bf16": 2.0, "nf4": 0.6}
-"""Of a parameter; in 4 bits with the embeddings, which stay in 16."""
 
 
 class Chat(Spec):
@@ -73,23 +68,26 @@ class Chat(Spec):
 
     @property
     def needs(self) -> Needs:
-        return _needs(self).model_copy(update={"gpus": 0.0})
+        return _needs(self, self)
 
     @property
     def title(self) -> str:
         return self.checkpoint
 
 
-def _needs(*chats: Chat) -> Needs:
-    """What holding these models takes: coarse, with room for adapters, activations and caches.
+def _needs(spec: Spec, *chats: Chat) -> Needs:
+    """What a stage that holds these models takes: the GPUs that the planner finds, and the machine's memory, roughly.
 
-    Weights go through the machine's memory one model at a time, in bfloat16.
+    Weights go through the machine's memory one model at a time, in bfloat16. Raises pool.PoolError where no number of
+    GPUs holds it.
     """
-    largest = max(chat.num_params for chat in chats)
     if chats[0].precision is None:
         return Needs(memory_mib=2048 + int(8 * sum(chat.num_params for chat in chats) / 2**20))
-    weights = sum(WEIGHT_BYTES[chat.precision or "bf16"] * chat.num_params for chat in chats)
-    return Needs(gpus=math.ceil(1.3 * weights / CARD_BYTES), memory_mib=8192 + int(2.2 * largest / 2**20))
+    from rlhfscale.planning.placement import placed  # it reads this module's specs
+
+    gpus, machines = placed(spec)
+    largest = max(chat.num_params for chat in chats)
+    return Needs(gpus=gpus, machines=machines, memory_mib=8192 + int(2.2 * largest / 2**20))
 
 
 class Answers(Spec):
@@ -128,7 +126,7 @@ class Answers(Spec):
 
     @property
     def needs(self) -> Needs:
-        return _needs(self.model.chat)
+        return _needs(self, self.model.chat)
 
     @property
     def title(self) -> str:
@@ -171,7 +169,7 @@ class Tuned(Spec):
 
     @property
     def needs(self) -> Needs:
-        return _needs(self.chat)
+        return _needs(self, self.chat)
 
     @property
     def title(self) -> str:
@@ -233,7 +231,7 @@ class AnswerReward(Spec):
 
     @property
     def needs(self) -> Needs:
-        return _needs(self.base.chat)
+        return _needs(self, self.base.chat)
 
     @property
     def title(self) -> str:
@@ -314,7 +312,7 @@ class Aligned(Spec):
 
     @property
     def needs(self) -> Needs:
-        return _needs(self.chat, *([] if self.shares_base else [self.reward_model.base.chat]))
+        return _needs(self, self.chat, *([] if self.shares_base else [self.reward_model.base.chat]))
 
     @property
     def title(self) -> str:
@@ -346,7 +344,7 @@ class AnswerScores(Spec):
 
     @property
     def needs(self) -> Needs:
-        return _needs(self.reward_model.base.chat)
+        return _needs(self, self.reward_model.base.chat)
 
     @property
     def title(self) -> str:

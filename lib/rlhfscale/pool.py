@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Pipe, wait
@@ -39,8 +39,16 @@ class Outcome:
     traceback: str = ""
 
 
+class PoolError(RuntimeError):
+    """Nodes cannot be made there; the message says why, and where they can."""
+
+
 class Pool(ABC):
     """Where nodes are made."""
+
+    @abstractmethod
+    def check(self, specs: Iterable[Spec]) -> None:
+        """Raise PoolError for specs that can never be made here, before any is started."""
 
     @abstractmethod
     def room(self) -> int:
@@ -69,6 +77,21 @@ class LocalPool(Pool):
     def __init__(self, store: Store, workers: int):
         self.store, self.size = store, workers
         self.workers: list[_Worker] = []
+
+    def check(self, specs: Iterable[Spec]) -> None:
+        """More GPUs than the machine has are refused; without any, processes compute on its cores."""
+        widest = max(specs, key=lambda spec: (spec.needs.machines, spec.needs.gpus))
+        needs, found = widest.needs, 0
+        if needs.gpus > 1:
+            import torch  # takes a second, which most runs need not wait for
+
+            found = torch.cuda.device_count()
+        if needs.machines > 1 or 0 < found < needs.gpus:
+            where = f"{needs.gpus} GPUs" + (f" of {needs.machines} machines" if needs.machines > 1 else "")
+            raise PoolError(
+                f"{widest.title}: takes {where}, this machine has {found}; run on a cluster by --ray ADDRESS, or make"
+                " other figures by --figure"
+            )
 
     def room(self) -> int:
         return self.size - sum(worker.spec is not None for worker in self.workers)

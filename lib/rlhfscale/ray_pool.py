@@ -3,18 +3,23 @@
 The store must be a folder that every machine of the cluster sees under the same path, or a URL that each can read and
 write with credentials of its own. Locks, checksums and renames are the store's own, so a task whose machine is lost
 leaves nothing behind but a temporary folder, which `Store.sweep` deletes. Ray is asked for cores, GPUs and memory by
-each spec and decides what runs where. It never repeats a task by itself: the grid counts attempts.
+each spec and decides what runs where; a stage that takes several machines is `ray_team`'s. Ray never repeats a task by
+itself: the grid counts attempts.
 """
 
 import os
 import socket
 import threading
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rlhfscale.pool import THREAD_VARIABLES, Outcome, Pool, worker_environment
-from rlhfscale.spec import Spec
+from rlhfscale import ray_team, team
+from rlhfscale.planning import hardware
+from rlhfscale.pool import THREAD_VARIABLES, Outcome, Pool, PoolError, worker_environment
+from rlhfscale.spec import Needs, Spec
 from rlhfscale.store import Store, StoreError
 
 LOCAL = "local"
@@ -22,7 +27,7 @@ LOCAL = "local"
 T, R = TypeVar("T"), TypeVar("R")
 
 
-class RayError(RuntimeError):
+class RayError(PoolError):
     """Ray is not installed, or no cluster answers at the address."""
 
 
@@ -50,29 +55,49 @@ class RayPool(Pool):
             where, variables = {"address": address}, dict.fromkeys(THREAD_VARIABLES, "1")
             if address == LOCAL:
                 where, variables = {"num_cpus": workers, "include_dashboard": False}, worker_environment()
+            if hardware.VARIABLE in os.environ:
+                variables |= {hardware.VARIABLE: os.environ[hardware.VARIABLE]}
             try:
                 ray.init(**where, runtime_env={"env_vars": variables}, log_to_driver=False, logging_level="ERROR")
             except (ConnectionError, ValueError, RuntimeError) as error:
                 raise RayError(f"--ray {address}: no Ray cluster could be reached there ({error})") from error
         self.make = ray.remote(max_retries=0)(_make)
         self.running: dict[Any, Spec] = {}
+        self.groups: dict[Any, Any] = {}  # of tasks that take several machines
         self._check_store()
 
+    def check(self, specs: Iterable[Spec]) -> None:
+        """Warn of a spec that no machine of the cluster has enough GPUs for: others may join."""
+        widest = max(specs, key=lambda spec: spec.needs.gpus / spec.needs.machines)
+        asked = widest.needs.gpus // widest.needs.machines
+        there = max((int(node["Resources"].get("GPU", 0)) for node in self.ray.nodes() if node["Alive"]), default=0)
+        if asked > there:
+            warnings.warn(
+                f"{widest.title}: takes {asked} GPUs of one machine, no machine of the cluster has more than {there};"
+                " it waits for one that has",
+                stacklevel=2,
+            )
+
     def room(self) -> int:
-        """Enough waiting tasks to keep the cluster busy, and no more, so that the order of the plan holds."""
-        return max(0, int(self.ray.cluster_resources().get("CPU", 1)) - len(self.running))
+        """One waiting task behind each that runs, so that no core waits for the driver; not more, so that the order of
+        the plan holds."""
+        return max(0, 2 * int(self.ray.cluster_resources().get("CPU", 1)) - len(self.running))
 
     def start(self, spec: Spec) -> None:
         needs = spec.needs
-        options = {"num_cpus": needs.cpus, "num_gpus": needs.gpus, "memory": needs.memory_mib * 2**20}
-        task = self.make.options(name=spec.title, **options).remote(spec, self.store.location)
+        group = ray_team.set_aside(needs) if needs.machines > 1 else None
+        options = ray_team.on(group, 0, needs) if group else ray_team.resources(needs)
+        task = self.make.options(name=spec.title, **options).remote(spec, self.store.location, needs)
         self.running[task] = spec
+        if group:
+            self.groups[task] = group
 
     def wait(self, timeout_s: float) -> list[Outcome]:
         done, _ = self.ray.wait(list(self.running), timeout=timeout_s)
         return [self._ended(task, self.running.pop(task)) for task in done]
 
     def _ended(self, task: Any, spec: Spec) -> Outcome:
+        self._release(task)
         lost = self.ray.exceptions
         try:
             return Outcome(spec, *self.ray.get(task))
@@ -82,9 +107,15 @@ class RayPool(Pool):
     def stop(self) -> None:
         for task in self.running:
             self.ray.cancel(task, force=True)
+            self._release(task)
         self.running.clear()
         if self.mine:
             self.ray.shutdown()
+
+    def _release(self, task: Any) -> None:
+        """Give back the machines that were set aside for a task."""
+        if group := self.groups.pop(task, None):
+            self.ray.util.remove_placement_group(group)
 
     def _check_store(self) -> None:
         """Raise RayError unless every machine of the cluster can use the store."""
@@ -140,7 +171,8 @@ def _cannot_write(location: str) -> str:
     return ""
 
 
-def _make(spec: Spec, location: str) -> tuple[str, float, str, str]:
+def _make(spec: Spec, location: str, needs: Needs) -> tuple[str, float, str, str]:
     from rlhfscale import worker
 
-    return worker.attempt(spec, Store(location))
+    several = partial(ray_team.make, needs=needs, location=location) if needs.machines > 1 else team.of(needs)
+    return worker.attempt(spec, Store(location), several)

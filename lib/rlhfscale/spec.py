@@ -15,13 +15,19 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Needs(BaseModel):
-    """What a node asks of the machine it is made on: cores, GPUs, MiB of memory. More than one GPU are as many
-    processes, see `team`."""
+    """What a node is made on.
+
+    Attributes:
+        gpus: in all, as many in each machine; more than one are as many processes, see `team`.
+        machines: they are in.
+        cpus, memory_mib: cores and MiB of memory of each machine.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     cpus: float = 1.0
-    gpus: float = 0.0
+    gpus: int = 0
+    machines: int = 1
     memory_mib: int = 1024
 
 

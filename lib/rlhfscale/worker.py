@@ -13,8 +13,8 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -24,8 +24,13 @@ from rlhfscale.spec import Spec
 from rlhfscale.store import Store, StoreError
 
 
-def make(spec: Spec, store: Store) -> str:
-    """Make one artifact under its lock; ``"done"``, or ``"cached"`` where another process has made it meanwhile."""
+def make(spec: Spec, store: Store, together: Callable[..., None] | None = None) -> str:
+    """Make one artifact under its lock; ``"done"``, or ``"cached"`` where another process has made it meanwhile.
+
+    Args:
+        together: has several processes call the stage's function; by default as many of this machine as the spec has
+            GPUs, see `team`.
+    """
     with store.writing(), store.lock(spec.key):
         if store.verify(spec.key):
             store.share([spec.key])
@@ -34,25 +39,25 @@ def make(spec: Spec, store: Store) -> str:
             if not store.verify(parent.key):  # the plan found it, and it was found damaged since
                 make(parent, store)
         module, _, name = spec.runner.partition(":")
-        run = getattr(importlib.import_module(module), name)
-        if spec.needs.gpus > 1:
-            run = partial(team.make, size=int(spec.needs.gpus))
+        run = together or team.of(spec.needs) or getattr(importlib.import_module(module), name)
         inputs = {parent.key: store.open(parent.key) for parent in spec.parents}
         with store.create(spec) as folder:
             run(spec, inputs, folder)
     return "done"
 
 
-def attempt(spec: Spec, store: Store) -> tuple[str, float, str, str]:
+def attempt(spec: Spec, store: Store, together: Callable[..., None] | None = None) -> tuple[str, float, str, str]:
     """Make a spec: status, seconds, message and traceback (see `pool.Outcome`); all output goes to the spec's log."""
     keep_freed_memory()
     start, message, trace = time.perf_counter(), "", ""
     try:
         with store.writing():
             _print_to(store.root / "logs" / f"{spec.key}.log")
-        status = make(spec, store)
+        status = make(spec, store, together)
     except StoreError as error:
         status, message, trace = "store", str(error), traceback.format_exc()
+    except team.MachineLost as error:
+        status, message = "lost", str(error)
     except Exception as error:
         text = str(error).strip().splitlines() or [""]
         status, message, trace = "failed", f"{type(error).__name__}: {text[0]}", traceback.format_exc()

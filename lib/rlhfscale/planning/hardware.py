@@ -75,6 +75,8 @@ HARDWARE: dict[str, Hardware] = {
     )
 }
 
+VARIABLE, DEFAULT = "RLHFSCALE_GPU", "h100-80gb"
+"""Variable that names the kind of GPU that stages are placed on, and the kind without it."""
 OF_TIER = {"gpu": ("h100-80gb", 1), "gpu24": ("rtx4090-24gb", 1), "paper": ("h100-80gb", 64)}
 """Kind and number of GPUs that a tier is planned for unless the caller says; tiers that are not here are for CPUs."""
 
