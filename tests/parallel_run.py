@@ -16,6 +16,8 @@ from rlhfscale import networks, parallel
 from rlhfscale.finetune import finetune
 from rlhfscale.rewards import outcome
 from rlhfscale.rl import GRPO, PPO, RLOO
+from rlhfscale.samplers import hf
+from rlhfscale.samplers.together import Together
 from rlhfscale.sequences import Sequences
 from test_rewards import new_scorer, planted
 
@@ -46,6 +48,17 @@ def policy(algorithm, **options) -> tuple[dict, list]:
     return dict(run.networks.named_parameters()), [[record["proxy"], record["kl_nats"]] for record in records]
 
 
+class Counted:
+    """A sampler that all processes share: the second one must not ask it."""
+
+    def __init__(self):
+        assert parallel.rank() == 0
+
+    def __call__(self, policy, prompts, **options):
+        assert len(prompts) == 32
+        return hf.sample(policy, prompts, **options)
+
+
 def keep(folder: Path, name: str, weights: dict, record: list) -> None:
     """Write what this process has come to."""
     target = folder / f"{parallel.rank()}-of-{parallel.size()}"
@@ -67,6 +80,7 @@ def main(folder: Path, base: Path) -> None:
         "ppo-all-weights": policy(PPO, adapter="none"),
         "grpo": policy(GRPO, responses_per_prompt=4),
         "rloo": policy(RLOO, responses_per_prompt=4),
+        "ppo-one-sampler": policy(PPO, sampler=Together(Counted)),
     }
     for name, (weights, record) in made.items():
         keep(folder, name, weights, record)

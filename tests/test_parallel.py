@@ -21,6 +21,7 @@ NAMES = [
     "ppo-all-weights",
     "grpo",
     "rloo",
+    "ppo-one-sampler",
 ]
 
 pytestmark = pytest.mark.xdist_group("parallel")

@@ -96,6 +96,19 @@ def test_frequencies_of_the_first_token_are_the_softmax(engine):
     assert chi_square < likely.sum() + 5 * np.sqrt(2 * likely.sum())
 
 
+def test_layers_split_over_two_processes_give_the_same_policy(folder):
+    model, prompts = language_model(), tiny.prompts(8)
+    options = {"dtype": "fp32", "max_lora_rank": MAX_RANK, "enforce_eager": True, "kv_cache_gib": 1, "threads": 1}
+    with VLLM(folder, tensor_parallel=2, **options) as sampler:
+        assert gaps(model, prompts, sample(sampler, prompts)).max() < 2e-5
+        run = tiny_rl.trainer(base=model, lora_rank=MAX_RANK, sampler=sampler, policy_lr=1e-2, max_sampler_gap=1e-4)
+        records = tiny_rl.updates(run, 2)
+        assert records[1]["kl_nats"] > 1e-4, "the second one is sampled under an adapter that does something"
+        assert max(record["sampler_gap_nats"] for record in records) < 1e-4
+    with pytest.raises(ValueError, match="pipeline_parallel: vLLM does not split layers over processes of a CPU"):
+        VLLM(folder, pipeline_parallel=2, **options)
+
+
 def test_completions_are_in_order_and_well_formed(engine):
     prompts = repeated(tiny.prompts(6), 4, 1.0)
     seeds = request_seeds((3,), len(prompts))

@@ -80,6 +80,19 @@ def own(count: int) -> torch.Tensor:
     return torch.arange(min(rank(), count - 1), count, size())
 
 
+def leads_machine() -> bool:
+    """Whether this is the first process of its machine. All processes must ask, see `machine`."""
+    return size() == 1 or dist.get_rank(machine()) == 0
+
+
+def of_machine(count: int) -> torch.Tensor:
+    """int64: which of ``count`` sequences are this process's, where the first one of each machine has the share of all
+    that are there; none for the others."""
+    here = dist.get_world_size(machine()) if size() > 1 else 1
+    first = rank() // here if leads_machine() else count
+    return torch.arange(min(first, count), count, size() // here)
+
+
 def whole(values: torch.Tensor, rows: torch.Tensor, count: int) -> torch.Tensor:
     """The values of all sequences, [count, ...], from each process's ``values`` of its ``rows`` (see `own`).
 
@@ -87,8 +100,12 @@ def whole(values: torch.Tensor, rows: torch.Tensor, count: int) -> torch.Tensor:
     """
     if size() == 1:
         return values
-    counts_once = values if rank() < count else 0.0 * values
-    return summed(values.new_zeros(count, *values.shape[1:]).index_copy(0, rows.to(values.device), counts_once))
+    return gathered(values if rank() < count else 0.0 * values, rows, count)
+
+
+def gathered(values: torch.Tensor, rows: torch.Tensor, count: int) -> torch.Tensor:
+    """The same, where no two processes have the same row."""
+    return summed(values.new_zeros(count, *values.shape[1:]).index_copy(0, rows.to(values.device), values))
 
 
 def summed(values: torch.Tensor) -> torch.Tensor:

@@ -202,19 +202,23 @@ def collect(
 ) -> tuple[Rollouts, Completions]:
     """Sample one response to each prompt and score it; log-probabilities and values are left at 0.
 
-    A sampler with a copy of the policy elsewhere is given the policy of now first, by its ``push``.
+    A sampler with a copy of the policy elsewhere is given the policy of now first, by its ``push``; one that several
+    processes share says which prompts this process asks it for, by its ``rows``.
 
     Raises:
         ValueError: an empty prompt or response; a reward of wrong length, or one that is not finite (names the index).
     """
     if hasattr(sampler, "push"):
         sampler.push(networks)
-    rows = parallel.own(len(prompts)).numpy()
+    shares = hasattr(sampler, "rows")
+    rows = sampler.rows(len(prompts)) if shares else parallel.own(len(prompts)).numpy()
     asked = prompts if len(rows) == len(prompts) else [prompts[row] for row in rows]
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "tokenizer": tokenizer}
     with networks.decoder() as policy:
         completions = sampler(policy, asked, seeds=seeds[rows], **options)
-    completions = _of_all(completions, rows, seeds, policy.device)
+    if parallel.size() > 1:
+        whole = parallel.gathered if shares else parallel.whole
+        completions = _of_all(completions, rows, seeds, policy.device, whole)
     sequences = joined(prompts, completions, tokenizer)
     scores = checked(reward.score(sequences), len(sequences))
     batch = from_sequences(sequences, completions, policy.device)
@@ -222,15 +226,15 @@ def collect(
     return replace(batch, scores=scores), completions
 
 
-def _of_all(completions: Completions, rows: np.ndarray, seeds: np.ndarray, device: torch.device) -> Completions:
+def _of_all(
+    completions: Completions, rows: np.ndarray, seeds: np.ndarray, device: torch.device, whole: Callable
+) -> Completions:
     """All processes' completions in the order of the prompts, from each one's of its ``rows``."""
-    if len(rows) == len(seeds):
-        return completions
     found = {}
     for name in ("ids", "logprobs", "lengths", "finished"):
         values = torch.from_numpy(getattr(completions, name)).to(device)
         values = values.to(torch.int64) if name == "finished" else values
-        found[name] = parallel.whole(values, torch.from_numpy(rows), len(seeds)).cpu().numpy()
+        found[name] = whole(values, torch.from_numpy(rows), len(seeds)).cpu().numpy()
     return replace(completions, **found | {"finished": found["finished"].astype(bool), "seeds": seeds})
 
 

