@@ -1,6 +1,9 @@
 """``rlhfscale evaluate`` from a policy's folder to tables: a toy policy, toy benchmarks, a local judge server."""
 
 import json
+import os
+import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -119,6 +122,23 @@ def test_a_model_in_process_as_judge_constrained_to_verdicts(project, policy_fol
     # unconstrained, a random model gives no verdict at all, and the run says so
     done = call(*options, "--judge-tokens", 4)
     assert done.exit_code == 1 and "8 of 8 verdicts are missing" in done.stderr
+
+
+def test_a_vllm_judge_on_several_gpus(project, policy_folder, monkeypatch):
+    """A toy in vLLM's place, which says nothing of use; its options are what the command was given."""
+    toy = str(Path(__file__).with_name("toy_vllm"))
+    monkeypatch.syspath_prepend(toy)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([toy, *sys.path]))
+    monkeypatch.setenv("TOY_VLLM_GPUS", str(project / "options.json"))
+    data = tiny_chat.mt_bench(project / "data")
+    options = ("--policy", policy_folder, "--data", data, "--judge", f"vllm:{policy_folder}", "--judge-tokens", 4)
+    done = call(*options, "--tensor-parallel", 4, "--pipeline-parallel", 2)
+    assert done.exit_code == 1 and "8 of 8 verdicts are missing" in done.stderr
+    given = json.loads((project / "options.json").read_text())
+    assert (given["tensor_parallel_size"], given["pipeline_parallel_size"]) == (4, 2)
+    monkeypatch.setattr("rlhfscale.samplers.vllm.available", lambda: False)
+    done = call(*options)
+    assert done.exit_code == 2 and done.stderr.strip() == "error: vllm is not installed; make setup EXTRAS=vllm"
 
 
 def test_alpaca_eval(project, policy_folder):

@@ -19,7 +19,8 @@ from rich.markdown import Markdown
 
 from rlhfscale import grid, paths, runner
 from rlhfscale.params import ParamsError
-from rlhfscale.ray_pool import RayError
+from rlhfscale.planning import hardware
+from rlhfscale.pool import PoolError
 from rlhfscale.store import Store, StoreError
 
 app = typer.Typer(
@@ -59,6 +60,12 @@ def run(
     figure: Figures = None,
     workers: Workers = 2,
     ray: Ray = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            help="Kind of GPU that stages are placed on, as of plan. [default: $RLHFSCALE_GPU, else the tier's]"
+        ),
+    ] = None,
     store: StoreLocation = None,
     results: ResultsFolder = None,
 ) -> None:
@@ -73,6 +80,7 @@ def run(
     Interrupt it at any time: running it again continues.
     """
     with _errors() as console:
+        _place_on(gpu, tier)
         root = (results or paths.results_root()).absolute()
         figures, artifacts = _load(tier, figure, root), Store(store)
         todo = runner.plan(figures, artifacts, workers)
@@ -194,6 +202,10 @@ def evaluate(
     judge_tokens: Annotated[int, typer.Option(min=1, help="Largest length of a judgment.")] = 2048,
     judge_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for one attempt.")] = 120.0,
     judge_attempts: Annotated[int, typer.Option(min=1, help="Before a request is given up.")] = 6,
+    tensor_parallel: Annotated[
+        int, typer.Option(min=1, help="GPUs that each layer of a vllm judge is split over.")
+    ] = 1,
+    pipeline_parallel: Annotated[int, typer.Option(min=1, help="GPUs that its row of layers is split over.")] = 1,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests to an endpoint at once.")] = 8,
     constrained: Annotated[
         bool,
@@ -244,6 +256,16 @@ def _load(tier: str, wanted: list[str] | None, results: Path) -> list[runner.Fig
     return runner.load_figures(tier, wanted or [], results)
 
 
+def _place_on(gpu: str | None, tier: str) -> None:
+    """Have this process and the notebooks that it starts place stages on a kind of GPU."""
+    kind = gpu or os.environ.get(hardware.VARIABLE) or hardware.OF_TIER.get(tier, (None, 1))[0]
+    if kind:
+        try:
+            os.environ[hardware.VARIABLE] = hardware.hardware(kind).name
+        except ValueError as error:
+            raise ParamsError(str(error)) from None
+
+
 @contextmanager
 def _errors() -> Iterator[Console]:
     """A console for the command; known errors become one line on standard error and an exit code."""
@@ -257,7 +279,7 @@ def _errors() -> Iterator[Console]:
         yield Console()
     except (ParamsError, FileNotFoundError) as error:
         _exit(f"error: {error}", 2)
-    except (StoreError, RayError) as error:
+    except (StoreError, PoolError) as error:
         _exit(f"error: {error}", 2)
     except KeyboardInterrupt:
         _exit("interrupted", 130)

@@ -1,15 +1,18 @@
 """A toy in vLLM's place, with the names that `samplers.engine` uses: slow, and what it says follows from prompt, seed
-and the adapter that it was given last.
+and the adapter that it was given last. The variable TOY_VLLM_GPUS makes it one on GPUs, and names a file for its
+options.
 """
 
 import hashlib
 import json
+import os
 import random
 import sys
 import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+NOTES = os.environ.get("TOY_VLLM_GPUS")
 SECONDS = 0.3  # of each request, so that it can be killed in the middle of one
 
 
@@ -31,6 +34,8 @@ class LLM:
             get_hidden_size=lambda: config["hidden_size"],
             hf_config=SimpleNamespace(**config),
         )
+        if NOTES:
+            Path(NOTES).write_text(json.dumps(options, default=str))
         self.vocabulary, self.adapter = config["vocab_size"], ""
         self.llm_engine = SimpleNamespace(vllm_config=SimpleNamespace(model_config=about), add_lora=self.add_lora)
 
@@ -60,6 +65,6 @@ def _module(name, **contents):
     vars(sys.modules[name]).update(contents)
 
 
-_module("vllm.platforms", current_platform=SimpleNamespace(is_cpu=lambda: True))
+_module("vllm.platforms", current_platform=SimpleNamespace(is_cpu=lambda: not NOTES))
 _module("vllm.lora")
 _module("vllm.lora.request", LoRARequest=LoRARequest)

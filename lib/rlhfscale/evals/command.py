@@ -13,6 +13,7 @@ from rlhfscale.evals.evaluate import Decoding, cache_of_judgments, evaluate, ope
 from rlhfscale.evals.judge import Endpoint, Estimate, JudgeError, TooManyMissing
 from rlhfscale.params import ParamsError
 from rlhfscale.results import provenance
+from rlhfscale.samplers.vllm import EngineDied, NotInstalled
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Options:
     judge_tokens: int
     judge_timeout: float
     judge_attempts: int
+    tensor_parallel: int
+    pipeline_parallel: int
     concurrency: int
     constrained: bool
     max_missing: float
@@ -83,7 +86,7 @@ def run(options: Options, folder: Path, console: Console) -> None:
     except TooManyMissing as error:
         typer.echo(f"failed: {error}; replies that came are kept, running again asks for the rest", err=True)
         raise typer.Exit(1) from None
-    except (JudgeError, ModuleNotFoundError) as error:
+    except (JudgeError, ModuleNotFoundError, NotInstalled, EngineDied) as error:
         raise ParamsError(str(error)) from None
     except ValueError as error:
         raise ParamsError(" ".join(str(error).split())) from None
@@ -109,6 +112,8 @@ def _judge(options: Options):
         key_variable=options.judge_key,
         revision=options.judge_revision,
         dtype=options.dtype,
+        tensor_parallel=options.tensor_parallel,
+        pipeline_parallel=options.pipeline_parallel,
     )
     if isinstance(judge, Endpoint):
         judge.timeout_s, judge.num_attempts = options.judge_timeout, options.judge_attempts

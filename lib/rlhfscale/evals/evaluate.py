@@ -5,7 +5,6 @@ Answers and judgments are kept as they come, so a run that was cut short goes on
 
 import functools
 import hashlib
-import importlib
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -21,7 +20,7 @@ from rlhfscale.evals import alpaca_eval, benchmarks, sources
 from rlhfscale.evals.benchmarks import Ask
 from rlhfscale.evals.judge import Cache, Endpoint, Judge, Local, reward_judge
 from rlhfscale.evals.revisions import SMOLLM2, folder_revision
-from rlhfscale.stats.claims import replace_file
+from rlhfscale.paths import replace_file
 
 BOOTSTRAP_SEED = 20241209
 JUDGES = "endpoint:MODEL, hf:FOLDER, vllm:FOLDER, reward:FOLDER, or verifier (gsm8k, math)"
@@ -110,6 +109,8 @@ def open_judge(
     key_variable: str = "OPENAI_API_KEY",
     revision: str | None = None,
     dtype: str = "bf16",
+    tensor_parallel: int = 1,
+    pipeline_parallel: int = 1,
     **options: Any,
 ) -> Judge | None:
     """The judge that a name such as ``endpoint:gpt-4-1106-preview`` or ``hf:FOLDER`` stands for; None for ``verifier``.
@@ -118,10 +119,12 @@ def open_judge(
         url: of an endpoint; default $OPENAI_BASE_URL.
         key_variable: environment variable that holds the key; a local server needs none.
         revision: of an endpoint's model, for the cache; of a local one it is computed.
+        tensor_parallel, pipeline_parallel: of a vllm judge, see `samplers.vllm.VLLM`.
         options: of `judge.Endpoint`.
 
     Raises:
         ValueError: another kind of judge, an endpoint without an address.
+        samplers.vllm.NotInstalled, EngineDied: of a vllm judge.
     """
     kind, _, source = text.partition(":")
     if text == "verifier":
@@ -147,11 +150,10 @@ def open_judge(
         from rlhfscale.rewards import OutcomeRewardModel
 
         return reward_judge(OutcomeRewardModel.load(folder), tokenizer, **about)
-    try:
-        VLLM = importlib.import_module("rlhfscale.samplers.vllm").VLLM
-    except ImportError:
-        raise ValueError("judge: vllm: is not available in this installation; take hf:") from None
-    return Local(VLLM(folder, dtype=dtype).sample, tokenizer, batch_size=256, **about)
+    from rlhfscale.samplers.vllm import VLLM
+
+    engine = VLLM(folder, dtype=dtype, tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel)
+    return Local(engine.sample, tokenizer, batch_size=256, context=engine.context, **about)
 
 
 def answers_of(policy: Policy, turns: Sequence[Sequence[str]], decoding: Decoding, cache: Path) -> list[list[str]]:
