@@ -1,9 +1,10 @@
-"""One of the processes of tests/test_parallel.py: trains a tiny model three ways and writes what came out.
+"""One of the processes of tests/test_parallel.py: trains a tiny model in several ways and writes what came out.
 
-python tests/parallel_run.py FOLDER      under torchrun's environment, or alone
+python tests/parallel_run.py FOLDER BASE [WAY ...]     under torchrun's environment, or alone
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -49,13 +50,14 @@ def policy(algorithm, **options) -> tuple[dict, list]:
 
 
 class Counted:
-    """A sampler that all processes share: the second one must not ask it."""
+    """A sampler that the processes of a machine share: only the first of them has it, and asks it for all."""
 
     def __init__(self):
-        assert parallel.rank() == 0
+        assert parallel.rank() % int(os.environ.get("LOCAL_WORLD_SIZE", 1)) == 0
 
     def __call__(self, policy, prompts, **options):
-        assert len(prompts) == 32
+        machines = parallel.size() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        assert len(prompts) == 32 // machines
         return hf.sample(policy, prompts, **options)
 
 
@@ -67,24 +69,24 @@ def keep(folder: Path, name: str, weights: dict, record: list) -> None:
     (target / f"{name}.json").write_text(json.dumps(record))
 
 
-def main(folder: Path, base: Path) -> None:
+def main(folder: Path, base: Path, *names: str) -> None:
     torch.set_num_threads(1)
     parallel.start()
-    made = {
-        "sft": fine_tuning(),
-        "rm-all-weights": reward_model(0, base),
-        "rm-lora": reward_model(4, base),
-        "ppo-trunk": policy(PPO),
-        "ppo-separate": policy(PPO, critic="separate"),
-        "ppo-passes": policy(PPO, max_tokens_per_pass=100),
-        "ppo-all-weights": policy(PPO, adapter="none"),
-        "grpo": policy(GRPO, responses_per_prompt=4),
-        "rloo": policy(RLOO, responses_per_prompt=4),
-        "ppo-one-sampler": policy(PPO, sampler=Together(Counted)),
+    ways = {
+        "sft": fine_tuning,
+        "rm-all-weights": lambda: reward_model(0, base),
+        "rm-lora": lambda: reward_model(4, base),
+        "ppo-trunk": lambda: policy(PPO),
+        "ppo-separate": lambda: policy(PPO, critic="separate"),
+        "ppo-passes": lambda: policy(PPO, max_tokens_per_pass=100),
+        "ppo-all-weights": lambda: policy(PPO, adapter="none"),
+        "ppo-one-sampler": lambda: policy(PPO, sampler=Together(Counted)),
+        "grpo": lambda: policy(GRPO, responses_per_prompt=4),
+        "rloo": lambda: policy(RLOO, responses_per_prompt=4),
     }
-    for name, (weights, record) in made.items():
-        keep(folder, name, weights, record)
+    for name in names or ways:
+        keep(folder, name, *ways[name]())
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(*map(Path, sys.argv[1:3]), *sys.argv[3:])

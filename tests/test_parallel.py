@@ -42,13 +42,18 @@ def test_two_processes_end_where_one_does(made, name):
     check(made, name)
 
 
-def check(made: Path, name: str) -> None:
-    """Both processes have the same weights and records, and they are those of one process."""
-    alone, first, second = (load_file(made / who / f"{name}.safetensors") for who in ("0-of-1", "0-of-2", "1-of-2"))
+def test_two_machines_of_two_processes_have_a_sampler_each(made):
+    processes.run(RUN, made, made / "unused", "ppo-one-sampler", size=4, per_machine=2)
+    check(made, "ppo-one-sampler", copies=("0-of-4", "3-of-4"))
+
+
+def check(made: Path, name: str, copies: tuple[str, str] = ("0-of-2", "1-of-2")) -> None:
+    """Two processes have the same weights and records, and they are those of one process alone."""
+    alone, first, second = (load_file(made / who / f"{name}.safetensors") for who in ("0-of-1", *copies))
     assert tiny.equal(first, second), "the copies drifted apart"
     assert alone.keys() == first.keys()
     for key, weight in alone.items():
         np.testing.assert_allclose(first[key].numpy(), weight.numpy(), rtol=1e-4, atol=1e-5, err_msg=key)
-    records = [json.loads((made / who / f"{name}.json").read_text()) for who in ("0-of-1", "0-of-2", "1-of-2")]
+    records = [json.loads((made / who / f"{name}.json").read_text()) for who in ("0-of-1", *copies)]
     assert records[1] == records[2]
     np.testing.assert_allclose(records[1], records[0], rtol=1e-4, atol=1e-5)
