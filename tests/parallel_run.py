@@ -6,6 +6,7 @@ python tests/parallel_run.py FOLDER BASE [WAY ...]     under torchrun's environm
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +62,16 @@ class Counted:
         return hf.sample(policy, prompts, **options)
 
 
+def resumed(folder: Path) -> tuple[dict, list]:
+    """A run that stopped after two updates and goes on from a checkpoint on the first process's disk alone."""
+    folder = folder / f"disk-of-{parallel.rank()}-of-{parallel.size()}"
+    for count in (2, 3):
+        run = tiny_rl.trainer(PPO, policy_lr=1e-2)
+        records = run.train(partial(tiny_rl.prompts, run), count, folder=folder, progress=False)
+        assert run.run.num_updates == count
+    return dict(run.networks.named_parameters()), records[["proxy", "kl_nats"]].to_numpy()[-1:].tolist()
+
+
 def keep(folder: Path, name: str, weights: dict, record: list) -> None:
     """Write what this process has come to."""
     target = folder / f"{parallel.rank()}-of-{parallel.size()}"
@@ -81,6 +92,7 @@ def main(folder: Path, base: Path, *names: str) -> None:
         "ppo-passes": lambda: policy(PPO, max_tokens_per_pass=100),
         "ppo-all-weights": lambda: policy(PPO, adapter="none"),
         "ppo-one-sampler": lambda: policy(PPO, sampler=Together(Counted)),
+        "ppo-resumed": lambda: resumed(folder),
         "grpo": lambda: policy(GRPO, responses_per_prompt=4),
         "rloo": lambda: policy(RLOO, responses_per_prompt=4),
     }

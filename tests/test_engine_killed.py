@@ -13,7 +13,7 @@ import tiny_rl
 from rlhfscale import models
 from rlhfscale.rl import PPO
 from rlhfscale.samplers import request_seeds
-from rlhfscale.samplers.vllm import VLLM, EngineDied
+from rlhfscale.samplers.vllm import VLLM, EngineDied, environment
 from test_grid import alive
 from test_samplers_vllm import killed_during_requests
 
@@ -26,6 +26,19 @@ def start(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([toy, *sys.path]))
     models.save_model(tiny.model(), tmp_path / "model")
     return lambda: VLLM(tmp_path / "model", dtype="fp32", max_lora_rank=8)
+
+
+def test_the_engine_sees_nothing_of_the_processes_that_train(monkeypatch):
+    """What torchrun and accelerate set, which would join the engine's processes to theirs."""
+    launched = (
+        "RANK LOCAL_RANK GROUP_RANK ROLE_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_WORLD_SIZE ROLE_WORLD_SIZE ROLE_NAME"
+        " MASTER_ADDR MASTER_PORT TORCHELASTIC_RUN_ID TORCHELASTIC_USE_AGENT_STORE TORCHELASTIC_RESTART_COUNT"
+    )
+    for name in launched.split():
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("HOSTNAME", "here")
+    found = environment(1, 1)
+    assert not found.keys() & set(launched.split()) and found["HOSTNAME"] == "here"
 
 
 def test_training_with_an_engine_that_is_killed_ends_in_the_weights_of_an_undisturbed_run(start):

@@ -22,6 +22,7 @@ NAMES = [
     "grpo",
     "rloo",
     "ppo-one-sampler",
+    "ppo-resumed",
 ]
 
 pytestmark = pytest.mark.xdist_group("parallel")

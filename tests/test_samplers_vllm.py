@@ -96,7 +96,11 @@ def test_frequencies_of_the_first_token_are_the_softmax(engine):
     assert chi_square < likely.sum() + 5 * np.sqrt(2 * likely.sum())
 
 
-def test_layers_split_over_two_processes_give_the_same_policy(folder):
+def test_layers_split_over_two_processes_give_the_same_policy(folder, monkeypatch):
+    """Also below torchrun, whose variables would make all of vLLM's processes wait for another."""
+    launched = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_PORT": 1, "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, str(value))
     model, prompts = language_model(), tiny.prompts(8)
     options = {"dtype": "fp32", "max_lora_rank": MAX_RANK, "enforce_eager": True, "kv_cache_gib": 1, "threads": 1}
     with VLLM(folder, tensor_parallel=2, **options) as sampler:

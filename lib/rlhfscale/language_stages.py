@@ -13,14 +13,14 @@ from safetensors.numpy import save_file
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhfscale import checkpoints, language, models, networks, smollm2
+from rlhfscale import checkpoints, language, models, networks, parallel, smollm2
 from rlhfscale.data import answers as answer_data
 from rlhfscale.finetune import finetune
 from rlhfscale.networks import SharedBase
 from rlhfscale.rewards import Mixed, Normalised, OutcomeRewardModel, SharedReward, outcome, scorer
 from rlhfscale.rewards.metrics import pair_accuracy
 from rlhfscale.rl import TRAINERS
-from rlhfscale.samplers import Completions, hf, repeated, request_seeds
+from rlhfscale.samplers import Completions, hf, repeated, request_seeds, together
 from rlhfscale.stages import Inputs
 from rlhfscale.store import scratch
 from rlhfscale.tasks import reasoning
@@ -56,7 +56,8 @@ def answers(spec: language.Answers, inputs: Inputs, folder: Path) -> None:
     ]
     prompts = repeated(answer_data.encode(asked, tokenizer), spec.num_samples, spec.temperature)
     with policy.decoder() as decodable:
-        completions = hf.sample(
+        completions = together.sample(
+            hf.sample,
             decodable,
             prompts,
             seeds=request_seeds((spec.seed, STREAM[spec.split]), len(prompts)),
@@ -75,6 +76,8 @@ def tuned(spec: language.Tuned, inputs: Inputs, folder: Path) -> None:
     tokenizer, policy = load(chat, inputs, precision=precision, rank=spec.lora_rank, seed=spec.seed)
     accepted = answer_data.Answers.load(inputs[spec.data.key]).accepted(tokenizer)
     losses = finetune(policy, accepted, epochs=spec.epochs, batch_size=spec.batch_size, lr=spec.lr, seed=(spec.seed, 0))
+    if parallel.rank() > 0:
+        return  # one copy of the weights in the machine's memory, and one on its disk
     merged = policy.merged_policy() if precision == "fp32" else _merged_anew(policy, inputs[chat.key] / "model", folder)
     merged.bfloat16().save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
@@ -223,10 +226,13 @@ def _base(
     precision: str | None = None,
     head: str = "causal",
 ) -> PreTrainedModel:
-    """The weights below a model's adapters, on the GPUs where its checkpoint has a precision and there are some."""
+    """The weights below a model's adapters, on the GPU where its checkpoint has a precision and there is one; this
+    process's share of them where several make the artifact."""
     placed = {}
-    if spec.chat.precision is not None and torch.cuda.is_available():
-        placed = {"device_map": "auto" if torch.cuda.device_count() > 1 else {"": 0}}
+    if parallel.size() > 1:
+        placed = {"sharded": True}
+    elif spec.chat.precision is not None and torch.cuda.is_available():
+        placed = {"device_map": {"": 0}}
     precision = precision or spec.chat.precision or "bf16"
     return models.load_base(inputs[spec.saved.key] / "model", precision, head=head, local_files_only=True, **placed)
 

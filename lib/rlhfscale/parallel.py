@@ -12,10 +12,16 @@ What is sent is a few numbers a token and the gradients of what is trained: with
 
 import os
 from collections.abc import Iterable, Iterator
+from datetime import timedelta
 from functools import cache
 
 import torch
 import torch.distributed as dist
+
+PATIENCE = timedelta(hours=6)
+"""For which processes wait for one that loads, merges or writes a large model, or asks a sampler that all share."""
+CHUNK = 2**28
+"""Bytes sent at a time."""
 
 
 def start(backend: str | None = None) -> None:
@@ -24,7 +30,7 @@ def start(backend: str | None = None) -> None:
     if "RANK" in os.environ and not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        dist.init_process_group(backend or ("nccl" if torch.cuda.is_available() else "gloo"))
+        dist.init_process_group(backend or ("nccl" if torch.cuda.is_available() else "gloo"), timeout=PATIENCE)
 
 
 def size() -> int:
@@ -38,9 +44,28 @@ def rank() -> int:
 
 
 def barrier() -> None:
-    """Wait until all processes are here."""
+    """Wait until all processes are here, without work for a GPU meanwhile."""
     if size() > 1:
-        dist.barrier()
+        dist.barrier(_waiting())
+
+
+@cache
+def _waiting() -> dist.ProcessGroup:
+    return dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo", timeout=PATIENCE)
+
+
+def of_first(content: bytes) -> bytes:
+    """The first process's bytes, in every process."""
+    if size() == 1:
+        return content
+    group = _waiting()
+    count = torch.tensor(len(content))
+    dist.broadcast(count, 0, group)
+    buffer = bytearray(content if rank() == 0 else int(count))
+    for start in range(0, len(buffer), CHUNK):
+        size_here = min(CHUNK, len(buffer) - start)
+        dist.broadcast(torch.frombuffer(buffer, dtype=torch.uint8, count=size_here, offset=start), 0, group)
+    return bytes(buffer)
 
 
 @cache
@@ -104,7 +129,7 @@ def whole(values: torch.Tensor, rows: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def gathered(values: torch.Tensor, rows: torch.Tensor, count: int) -> torch.Tensor:
-    """The same, where no two processes have the same row."""
+    """As `whole`, of ``rows`` that no two processes share."""
     return summed(values.new_zeros(count, *values.shape[1:]).index_copy(0, rows.to(values.device), values))
 
 

@@ -123,6 +123,26 @@ def exists(folder: Path) -> bool:
     return any((candidate / STATE).is_file() for candidate in _candidates(folder))
 
 
+def spread(folder: Path) -> bool:
+    """Whether the first process has a checkpoint there; the other processes have the same one then, written into their
+    folders where these are others."""
+    names: list[str] = []
+    if parallel.rank() == 0 and exists(folder):
+        source = latest(folder)
+        files = (str(path.relative_to(source)) for path in source.rglob("*") if path.is_file())
+        names = sorted(files, key=lambda name: (name == STATE, name))  # last, what makes it a checkpoint
+    names = json.loads(parallel.of_first(json.dumps(names).encode()))
+    if parallel.size() > 1 and names:
+        state = parallel.of_first((latest(folder) / STATE).read_bytes() if parallel.rank() == 0 else b"")
+        mine = exists(folder) and (latest(folder) / STATE).read_bytes() == state
+        for name in names:
+            content = parallel.of_first((latest(folder) / name).read_bytes() if parallel.rank() == 0 else b"")
+            if not mine:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (folder / name).write_bytes(content)
+    return bool(names)
+
+
 def latest(folder: Path) -> Path:
     """The checkpoint's folder; its predecessor where the process was killed between two renames."""
     for candidate in _candidates(folder):

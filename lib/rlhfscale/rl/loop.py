@@ -210,7 +210,7 @@ class Trainer:
 
     def _resume(self, folder: Path) -> list[dict[str, float]]:
         folder.mkdir(parents=True, exist_ok=True)
-        if not learner.exists(folder / CHECKPOINT):
+        if not learner.spread(folder / CHECKPOINT):
             return []
         self.load(folder / CHECKPOINT)
         metrics = pd.read_csv(folder / METRICS) if (folder / METRICS).exists() else pd.DataFrame({"update": []})

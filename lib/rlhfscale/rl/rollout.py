@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhfscale import packing, parallel
 from rlhfscale.rewards.base import checked
 from rlhfscale.rl.logprobs import response_tokens, token_logprobs, with_entropy_gradient
+from rlhfscale.samplers import together
 from rlhfscale.samplers.base import Completions
 from rlhfscale.sequences import Sequences
 
@@ -202,40 +203,22 @@ def collect(
 ) -> tuple[Rollouts, Completions]:
     """Sample one response to each prompt and score it; log-probabilities and values are left at 0.
 
-    A sampler with a copy of the policy elsewhere is given the policy of now first, by its ``push``; one that several
-    processes share says which prompts this process asks it for, by its ``rows``.
+    A sampler with a copy of the policy elsewhere is given the policy of now first, by its ``push``.
 
     Raises:
         ValueError: an empty prompt or response; a reward of wrong length, or one that is not finite (names the index).
     """
     if hasattr(sampler, "push"):
         sampler.push(networks)
-    shares = hasattr(sampler, "rows")
-    rows = sampler.rows(len(prompts)) if shares else parallel.own(len(prompts)).numpy()
-    asked = prompts if len(rows) == len(prompts) else [prompts[row] for row in rows]
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "tokenizer": tokenizer}
     with networks.decoder() as policy:
-        completions = sampler(policy, asked, seeds=seeds[rows], **options)
-    if parallel.size() > 1:
-        whole = parallel.gathered if shares else parallel.whole
-        completions = _of_all(completions, rows, seeds, policy.device, whole)
+        completions = together.sample(sampler, policy, prompts, seeds=seeds, **options)
+        device = policy.device
     sequences = joined(prompts, completions, tokenizer)
     scores = checked(reward.score(sequences), len(sequences))
-    batch = from_sequences(sequences, completions, policy.device)
+    batch = from_sequences(sequences, completions, device)
     scores = torch.from_numpy(scores).to(batch.ids.device) - missing_eos_penalty * (~batch.finished)
     return replace(batch, scores=scores), completions
-
-
-def _of_all(
-    completions: Completions, rows: np.ndarray, seeds: np.ndarray, device: torch.device, whole: Callable
-) -> Completions:
-    """All processes' completions in the order of the prompts, from each one's of its ``rows``."""
-    found = {}
-    for name in ("ids", "logprobs", "lengths", "finished"):
-        values = torch.from_numpy(getattr(completions, name)).to(device)
-        values = values.to(torch.int64) if name == "finished" else values
-        found[name] = whole(values, torch.from_numpy(rows), len(seeds)).cpu().numpy()
-    return replace(completions, **found | {"finished": found["finished"].astype(bool), "seeds": seeds})
 
 
 def joined(prompts: Sequence[Sequence[int]], completions: Completions, tokenizer: PreTrainedTokenizerBase) -> Sequences:

@@ -2,7 +2,7 @@
 
 A sampler is called as ``sampler(model, prompts, seeds=..., max_new_tokens=..., temperature=..., tokenizer=...)`` and
 returns `Completions`. One that does not decode ``model`` itself has a method ``push(networks)``, which trainers call
-before every roll-out; one that several processes share has ``rows(count)``, the prompts that a process asks for.
+before every roll-out. Among several processes, see `together`.
 """
 
 from collections.abc import Iterator, Sequence

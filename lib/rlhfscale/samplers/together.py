@@ -1,24 +1,53 @@
-"""One sampler for all processes of a machine that train a model together, such as a vLLM engine split over their GPUs.
+"""Sampling by several processes that train a model together: each its share of the prompts, or the first process of
+each machine for all of them, by a sampler that they share, such as a vLLM engine split over their GPUs.
 
     parallel.start()
     with Together(lambda: VLLM("runs/sft", tensor_parallel=8, gpu_memory_fraction=0.4, max_lora_rank=16)) as sampler:
         trainer = PPO(load_base("runs/sft", "bf16", sharded=True), tokenizer, reward, config, sampler=sampler)
 
-The first process of each machine makes the sampler and asks it for the responses of all of them; trainers hand those
-out. A base that the processes share need not be gathered for every token then.
+A base that the processes share need not be gathered for every token then.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from rlhfscale import parallel
 from rlhfscale.samplers.base import Completions
 
 
+def sample(
+    sampler: Callable[..., Completions],
+    policy: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    seeds: np.ndarray,
+    **options: Any,
+) -> Completions:
+    """``sampler(policy, prompts, seeds=seeds, **options)``, of which each process computes a share: in every process
+    the completions of all prompts."""
+    if parallel.size() == 1:
+        return sampler(policy, prompts, seeds=seeds, **options)
+    shared = isinstance(sampler, Together)
+    rows = sampler.rows(len(prompts)) if shared else parallel.own(len(prompts)).numpy()
+    found = sampler(policy, [prompts[row] for row in rows], seeds=seeds[rows], **options)
+    if shared:
+        parallel.barrier()  # the others have waited for long, which their GPUs must not: the sampler computes on them
+    whole = parallel.gathered if shared else parallel.whole
+    arrays = {}
+    for name in ("ids", "logprobs", "lengths", "finished"):
+        values = torch.from_numpy(getattr(found, name)).to(policy.device)
+        values = values.to(torch.int64) if name == "finished" else values
+        arrays[name] = whole(values, torch.from_numpy(rows), len(seeds)).cpu().numpy()
+    return replace(found, **arrays | {"finished": arrays["finished"].astype(bool), "seeds": seeds})
+
+
 class Together:
-    """A sampler as trainers call it, in every process.
+    """A sampler as trainers call it, in every process. It must not compute the trainer's own model, of which the others
+    may hold shares, so `hf.sample` is none of a sharded base.
 
     Args:
         make: makes the sampler; called by the first process of each machine, the others wait.

@@ -50,10 +50,8 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 READS_HIDDEN = re.compile(r"(q|k|v|gate|up)_proj\.lora_A")
 """Names of weights whose columns are the model's width."""
 
-LAUNCHERS = frozenset(
-    ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
-)
-"""Variables by which torchrun tells the processes of a training from each other; the engine starts others."""
+LAUNCHERS = re.compile(r"((LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE|NAME)|MASTER_(ADDR|PORT)|TORCHELASTIC_\w+)$")
+"""Names of variables by which torchrun joins the processes of a training; the engine's are others."""
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 ERROR_LINES = 15
 
@@ -350,7 +348,7 @@ def require() -> None:
 def environment(threads: int | None, kv_cache_gib: int) -> dict[str, str]:
     """The variables of an engine's process: threads not bound to cores that others may use, few lines, no reports."""
     threads = threads or int(os.environ.get("OMP_NUM_THREADS", 0)) or os.cpu_count()
-    inherited = {name: value for name, value in os.environ.items() if name not in LAUNCHERS}
+    inherited = {name: value for name, value in os.environ.items() if not LAUNCHERS.match(name)}
     return inherited | {
         "OMP_NUM_THREADS": str(threads),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
