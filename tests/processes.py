@@ -1,10 +1,11 @@
 """Starts a script on this machine as ``torchrun`` would, for the tests of training on several processes."""
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
+
+from rlhfscale import team
 
 
 def run(script: Path, *arguments: object, size: int, per_machine: int | None = None) -> None:
@@ -12,7 +13,7 @@ def run(script: Path, *arguments: object, size: int, per_machine: int | None = N
     without the environment of ``torchrun``."""
     about = {"LOCAL_WORLD_SIZE": str(per_machine or size)} | {
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
+        "MASTER_PORT": str(team.free_port()),
         "WORLD_SIZE": str(size),
     }
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
@@ -28,9 +29,3 @@ def run(script: Path, *arguments: object, size: int, per_machine: int | None = N
     for process in processes:
         _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors[-3000:]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

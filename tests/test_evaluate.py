@@ -191,6 +191,7 @@ def test_gsm8k_needs_no_judge(project, policy_folder):
         (["--benchmark", "chess"], "chess"),
         (["--judge", "oracle"], "'oracle' is none of endpoint:MODEL"),
         (["--judge", "endpoint:x"], "--judge-url"),
+        (["--judge", "hf:x", "--tensor-parallel", "2"], "tensor-parallel, pipeline-parallel: for judges of vllm: only"),
         (["--judge", "verifier"], "mt_bench needs one, by --judge"),
         (["--judge", "endpoint:x", "--judge-url", "http://localhost:1", "--data", "nowhere"], "needs question.jsonl"),
         (["--benchmark", "alpaca_eval", "--judge", "endpoint:x", "--judge-url", "http://localhost:1"], "--data FOLDER"),

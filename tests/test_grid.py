@@ -49,8 +49,9 @@ def diamond(trace: str = "", **options) -> Total:
     return Total(parts=(left, right), trace=trace, **options)
 
 
-def test_one_process_at_a_time_has_the_gpus(tmp_path):
+def test_one_process_at_a_time_has_the_gpus(tmp_path, monkeypatch):
     """On a machine's own workers; what needs none goes on beside it."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     store = Store(tmp_path / "s")
     on_gpus = [Number(value=value, gpus=1, sleep_s=0.5) for value in range(3)]
     plain = Number(value=9, sleep_s=1.0)
@@ -69,12 +70,10 @@ def test_one_process_at_a_time_has_the_gpus(tmp_path):
 
 
 def test_what_takes_more_gpus_than_the_machine_has_is_refused_before_anything_is_made(tmp_path, monkeypatch):
-    import torch
-
     store, ready = Store(tmp_path), Number(value=1)
     with pytest.raises(PoolError, match=r"takes 2 GPUs of 2 machines, this machine has 0; run on a cluster by --ray"):
         run([ready, Together(part=Number(value=3), machines=2)], store)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     with pytest.raises(PoolError, match="takes 2 GPUs, this machine has 1"):
         run([ready, Together(part=Number(value=3))], store)
     assert not store.has(ready.key)
@@ -279,7 +278,7 @@ def test_progress_lines_where_there_is_no_terminal(tmp_path, monkeypatch):
     console = quiet()
     run([Number(value=1, sleep_s=1.0)], Store(tmp_path), console=console)
     text = console.export_text()
-    assert "0/1 done  1 running" in text and "1/1 done  0 running" in text and "left" in text
+    assert "0/1 done  1 under way" in text and "1/1 done  0 under way" in text and "left" in text
 
 
 def test_a_live_line_on_a_terminal(tmp_path):
@@ -287,7 +286,7 @@ def test_a_live_line_on_a_terminal(tmp_path):
     bad = Total(parts=(), mood="raise", sleep_s=0.7)
     run([Number(value=1, sleep_s=2.0), bad], Store(tmp_path), console=console, raise_on_failure=False)
     text = console.export_text()
-    assert "0/2 done  2 running" in text and "1/2 done  0 running  1 failed, 0 skipped" in text
+    assert "0/2 done  2 under way" in text and "1/2 done  0 under way  1 failed, 0 skipped" in text
 
 
 def test_no_progress_when_not_wanted_and_the_table_of_a_plan(tmp_path):

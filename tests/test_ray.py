@@ -138,13 +138,16 @@ def test_a_stage_that_loses_one_of_its_machines_is_made_on_others(cluster, tmp_p
     cluster.wait_for_nodes()
 
     def kill_one_when_both_run() -> None:
+        deadline = time.monotonic() + 60
         while len(lines(trace)) < 2:
+            assert time.monotonic() < deadline
             time.sleep(0.1)
+        time.sleep(1.0)  # until the first process waits for the second one
         (process,) = (int(pid) for rank, pid in map(str.split, lines(trace)) if rank == lost)
         (raylet,) = nodes.keys() & set(ancestors(process))
         cluster.remove_node(nodes.pop(raylet), allow_graceful=False)
 
-    killer = threading.Thread(target=kill_one_when_both_run)
+    killer = threading.Thread(target=kill_one_when_both_run, daemon=True)
     killer.start()
     results = run([spec], store, ray=cluster.address, console=console)
     killer.join()
@@ -165,11 +168,15 @@ def ancestors(pid: int) -> list[int]:
 
 
 def test_gpus_that_no_machine_has_are_named_and_waited_for(cluster, tmp_path, monkeypatch):
-    monkeypatch.setattr(Number, "needs", Needs(gpus=4))
+    needs = {1: Needs(gpus=4), 2: Needs(gpus=32, machines=32), 3: Needs(gpus=1)}
+    monkeypatch.setattr(Number, "needs", property(lambda spec: needs[spec.value]))
     pool = RayPool(Store(tmp_path), cluster.address, 1)
     try:
-        with pytest.warns(UserWarning, match="takes 4 GPUs of one machine, no machine of the cluster has more than 1"):
-            pool.check([Number(value=1)])
+        with pytest.warns(UserWarning, match="it waits") as said:
+            pool.check([Number(value=value) for value in (1, 2, 3, 2)])
+        found = [str(warning.message).partition(": ")[2] for warning in said]
+        assert found[0].startswith("takes 1 x 4 GPUs, and 0 machines of the cluster have 4")
+        assert found[1].startswith("takes 32 x 1 GPUs, and ") and len(found) == 2
     finally:
         pool.stop()
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import processes
 import tiny
 import tiny_rl
-from rlhfscale import models
+from rlhfscale import models, team
 from rlhfscale.rewards import OutcomeRewardModel
 from test_parallel import check
 
@@ -138,7 +138,7 @@ def test_accelerate_starts_processes_that_shard(base, tmp_path):
     """As `parallel.start` sees it, ``accelerate launch`` is ``torchrun``; its configuration is what asks for shards."""
     processes.run(RUN, tmp_path, base, "asked", size=1)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIGS / "fsdp2-lora.yaml"]
-    command += ["--num_processes", 2, "--main_process_port", processes.free_port(), RUN, tmp_path, base, "asked"]
+    command += ["--num_processes", 2, "--main_process_port", team.free_port(), RUN, tmp_path, base, "asked"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
     done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

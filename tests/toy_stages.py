@@ -24,7 +24,7 @@ class Number(Spec):
     value: int
     sleep_s: float = 0.0
     trace: str = ""
-    gpus: float = 0.0
+    gpus: int = 0
 
     @property
     def cost_s(self) -> float:
@@ -92,7 +92,7 @@ def make_together(spec: Together, inputs: dict[str, Path], folder: Path) -> None
         raise ValueError("loss is NaN at step 3")
     if spec.mood == "die" and parallel.rank() == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    if spec.mood == "hang once" and Path(spec.trace).read_text().count("\n") <= 2:
+    if spec.mood == "hang once" and parallel.rank() == 1 and Path(spec.trace).read_text().count("\n") <= 2:
         time.sleep(1000)
     total = parallel.summed(torch.tensor(read(inputs[spec.part.key]) * 10 ** parallel.rank()))
     (folder / f"{parallel.rank()}.txt").write_text("")

@@ -102,7 +102,10 @@ def plan(
     workers: Workers = 2,
     store: StoreLocation = None,
     gpu: Annotated[
-        str | None, typer.Option(help="Plan for h100-80gb, a100-80gb, l4-24gb or rtx4090-24gb. [default: the tier's]")
+        str | None,
+        typer.Option(
+            help="Plan for h100-80gb, a100-80gb, l4-24gb or rtx4090-24gb. [default: $RLHFSCALE_GPU, else the tier's]"
+        ),
     ] = None,
     gpus: Annotated[int | None, typer.Option(min=1, help="Of these GPUs. [default: the tier's]")] = None,
     mfu: Annotated[float, typer.Option(min=0.01, max=1, help="Share of the GPUs' peak that training reaches.")] = 0.35,
@@ -258,12 +261,11 @@ def _load(tier: str, wanted: list[str] | None, results: Path) -> list[runner.Fig
 
 def _place_on(gpu: str | None, tier: str) -> None:
     """Have this process and the notebooks that it starts place stages on a kind of GPU."""
-    kind = gpu or os.environ.get(hardware.VARIABLE) or hardware.OF_TIER.get(tier, (None, 1))[0]
-    if kind:
-        try:
-            os.environ[hardware.VARIABLE] = hardware.hardware(kind).name
-        except ValueError as error:
-            raise ParamsError(str(error)) from None
+    try:
+        if kind := hardware.kind_for(tier, gpu):
+            os.environ[hardware.VARIABLE] = kind
+    except ValueError as error:
+        raise ParamsError(str(error)) from None
 
 
 @contextmanager
@@ -277,9 +279,7 @@ def _errors() -> Iterator[Console]:
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
         yield Console()
-    except (ParamsError, FileNotFoundError) as error:
-        _exit(f"error: {error}", 2)
-    except (StoreError, PoolError) as error:
+    except (ParamsError, FileNotFoundError, StoreError, PoolError) as error:
         _exit(f"error: {error}", 2)
     except KeyboardInterrupt:
         _exit("interrupted", 130)

@@ -400,7 +400,7 @@ class _Progress:
         running = ", ".join(node.spec.title for node in self.run.running)
         broken = f"[red]{count['failed']} failed, {count['skipped']} skipped[/]  " if count["failed"] else ""
         return (
-            f"[green]{finished}/{len(self.run.nodes)} done[/]  {count['running']} running  {broken}"
+            f"[green]{finished}/{len(self.run.nodes)} done[/]  {count['running']} under way  {broken}"
             f"{_clock(time.monotonic() - self.run.start)} elapsed, about {_clock(self.run.left_s())} left"
             f"  [dim]{escape(running)}[/]"
         )

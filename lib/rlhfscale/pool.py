@@ -28,7 +28,7 @@ class Outcome:
     Attributes:
         status: ``done``, ``cached`` (another process has made it meanwhile), ``failed``, ``store`` (it cannot be
             written) or ``lost`` (the process or machine it ran on is gone).
-        seconds: it took, 0 where it is lost.
+        seconds: it took, 0 where nobody can tell.
         message: what went wrong, in one line.
     """
 
@@ -48,7 +48,7 @@ class Pool(ABC):
 
     @abstractmethod
     def check(self, specs: Iterable[Spec]) -> None:
-        """Raise PoolError for specs that can never be made here, before any is started."""
+        """Raise PoolError for specs that can never be made here, and warn of those that must wait, at the start."""
 
     @abstractmethod
     def room(self) -> int:
@@ -79,14 +79,15 @@ class LocalPool(Pool):
         self.workers: list[_Worker] = []
 
     def check(self, specs: Iterable[Spec]) -> None:
-        """More GPUs than the machine has are refused; without any, processes compute on its cores."""
+        """More GPUs than the machine has are refused."""
         widest = max(specs, key=lambda spec: (spec.needs.machines, spec.needs.gpus))
-        needs, found = widest.needs, 0
-        if needs.gpus > 1:
-            import torch  # takes a second, which most runs need not wait for
+        needs = widest.needs
+        if not needs.gpus:
+            return
+        import torch  # takes a second, which most runs need not wait for
 
-            found = torch.cuda.device_count()
-        if needs.machines > 1 or 0 < found < needs.gpus:
+        found = torch.cuda.device_count()
+        if needs.machines > 1 or found < needs.gpus:
             where = f"{needs.gpus} GPUs" + (f" of {needs.machines} machines" if needs.machines > 1 else "")
             raise PoolError(
                 f"{widest.title}: takes {where}, this machine has {found}; run on a cluster by --ray ADDRESS, or make"

@@ -67,14 +67,17 @@ class RayPool(Pool):
         self._check_store()
 
     def check(self, specs: Iterable[Spec]) -> None:
-        """Warn of a spec that no machine of the cluster has enough GPUs for: others may join."""
-        widest = max(specs, key=lambda spec: spec.needs.gpus / spec.needs.machines)
-        asked = widest.needs.gpus // widest.needs.machines
-        there = max((int(node["Resources"].get("GPU", 0)) for node in self.ray.nodes() if node["Alive"]), default=0)
-        if asked > there:
+        """Warn of specs that take more machines with so many GPUs than there are: they wait for others to join."""
+        alive = [int(node["Resources"].get("GPU", 0)) for node in self.ray.nodes() if node["Alive"]]
+        waiting: dict[tuple[int, int], str] = {}
+        for spec in specs:
+            machines, each = spec.needs.machines, spec.needs.gpus // spec.needs.machines
+            if each and sum(there >= each for there in alive) < machines:
+                waiting.setdefault((machines, each), spec.title)
+        for (machines, each), title in waiting.items():
+            there = sum(found >= each for found in alive)
             warnings.warn(
-                f"{widest.title}: takes {asked} GPUs of one machine, no machine of the cluster has more than {there};"
-                " it waits for one that has",
+                f"{title}: takes {machines} x {each} GPUs, and {there} machines of the cluster have {each}: it waits",
                 stacklevel=2,
             )
 

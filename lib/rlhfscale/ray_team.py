@@ -5,16 +5,16 @@ its own machine (see `team`) and one task on each other machine that starts the 
 when one fails or a machine is gone. Ray ends those tasks where this one's machine is lost.
 """
 
-import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rlhfscale import team
+from rlhfscale import team, worker
 from rlhfscale.spec import Needs, Spec
-from rlhfscale.store import Store
+from rlhfscale.store import Store, StoreError
 
 
 def resources(needs: Needs) -> dict[str, Any]:
@@ -61,24 +61,24 @@ def make(spec: Spec, inputs: Mapping[str, Path], folder: Path, needs: Needs, loc
     ]
     try:
         team.make(spec, inputs, folder, here, partial(_failures, others))
+        ray.wait(others, num_returns=len(others), timeout=team.LOST_S)  # until they have tidied up
     finally:
         for task in others:
             ray.cancel(task, force=True)
 
 
 def _join(spec: Spec, location: str, place: team.Place) -> None:
-    """Start this machine's processes of a stage and wait for them."""
+    """Start this machine's processes of a stage and wait for them; what they print goes to a log beside the first
+    machine's."""
     store = Store(location)
-    inputs = {}
-    for parent in spec.parents:
-        store.verify(parent.key)  # from a store at a URL, this downloads it
-        inputs[parent.key] = store.open(parent.key)
-    with tempfile.TemporaryDirectory(prefix="rlhfscale-") as folder:
-        team.make(spec, inputs, Path(folder), place)
+    worker.print_to(store.root / "logs" / f"{spec.key}.{place.first}.log")
+    inputs = {parent.key: store.open(parent.key) for parent in spec.parents}
+    team.make(spec, inputs, None, place)
 
 
 def _failures(tasks: Sequence[Any], timeout_s: float) -> list[team.TeamError]:
-    """What has gone wrong on other machines, after at most so many seconds."""
+    """What has gone wrong on other machines, after at most so many seconds. Raises StoreError for a store that they
+    cannot read."""
     import ray
 
     failed = []
@@ -87,8 +87,10 @@ def _failures(tasks: Sequence[Any], timeout_s: float) -> list[team.TeamError]:
         try:
             ray.get(task)
         except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, StoreError):
+                raise error.cause from None
             known = isinstance(error.cause, team.TeamError)
-            failed.append(error.cause if known else team.TeamError(f"on another machine: {error.cause}"))
+            failed.append(error.cause if known else team.TeamError(f"on another machine: {error.cause}", time.time()))
         except ray.exceptions.RayError as error:
             failed.append(team.MachineLost(f"another machine of its team is gone ({type(error).__name__})"))
     return failed

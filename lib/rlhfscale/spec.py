@@ -18,8 +18,8 @@ class Needs(BaseModel):
     """What a node is made on.
 
     Attributes:
-        gpus: in all, as many in each machine; more than one are as many processes, see `team`.
-        machines: they are in.
+        gpus: in all; more than one are as many processes, see `team`.
+        machines: that these GPUs are in, as many in each.
         cpus, memory_mib: cores and MiB of memory of each machine.
     """
 

@@ -8,6 +8,7 @@ torch in those processes alone.
 
 import importlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -32,7 +33,7 @@ class TeamError(RuntimeError):
     """One of the processes that make a stage together failed; the message says which and how.
 
     Args:
-        when: seconds since the epoch; 0 for one that was killed and cannot say, which counts as the first.
+        when: seconds since the epoch; 0 for one that was killed, which counts as the first.
     """
 
     def __init__(self, message: str, when: float = 0.0):
@@ -83,9 +84,16 @@ def make_here(spec: Spec, inputs: Mapping[str, Path], folder: Path, size: int) -
 
 
 def make(
-    spec: Spec, inputs: Mapping[str, Path], folder: Path, place: Place, elsewhere: Elsewhere = lambda timeout_s: ()
+    spec: Spec,
+    inputs: Mapping[str, Path],
+    folder: Path | None,
+    place: Place,
+    elsewhere: Elsewhere = lambda timeout_s: (),
 ) -> None:
     """Call the stage's function in the processes of this machine, whose output goes where this one's goes.
+
+    Args:
+        folder: becomes the artifact; of the machine with process 0 only.
 
     Raises:
         TeamError: one of them, or elsewhere, failed or was killed; those here are ended.
@@ -94,8 +102,10 @@ def make(
     with tempfile.TemporaryDirectory(prefix="rlhfscale-") as scratch:
         try:
             for rank in range(place.first, place.first + place.here):
-                own = folder if rank == 0 else Path(scratch, str(rank))
-                own.mkdir(exist_ok=True)
+                own = (
+                    folder if rank == 0 else Path(scratch, str(rank), "tmp", f"{spec.key}.{rank}")
+                )  # laid out as a store
+                own.mkdir(parents=True, exist_ok=True)
                 connection, process = _start(rank, place)
                 processes[connection] = process
                 connection.send((spec, inputs, own))
@@ -144,15 +154,17 @@ def _wait(processes: Mapping[Connection, subprocess.Popen], place: Place, elsewh
         if failed and not ended:
             break
     if failed:
-        raise min((*failed, *elsewhere(LOST_S)), key=lambda error: error.when)
+        raise min((*failed, *elsewhere(LOST_S)), key=lambda error: (not isinstance(error, MachineLost), error.when))
 
 
 def _result(connection: Connection, process: subprocess.Popen) -> tuple[float, str]:
-    """When a process ended, and what went wrong, if anything. One that was killed cannot say, and counts as first."""
+    """When a process ended, and what went wrong, if anything. Of those that cannot say, one that was killed counts as
+    the first, and others have ended now."""
     try:
         return connection.recv()
     except (EOFError, ConnectionError):
-        return 0.0, f"ended with status {process.wait()}"
+        status = process.wait()
+        return 0.0 if status == -signal.SIGKILL else time.time(), f"ended with status {status}"
 
 
 def free_port() -> int:

@@ -37,7 +37,7 @@ def make(spec: Spec, store: Store, together: Callable[..., None] | None = None) 
             return "cached"
         for parent in spec.parents:
             if not store.verify(parent.key):  # the plan found it, and it was found damaged since
-                make(parent, store)
+                _make_again(parent, spec, store)
         module, _, name = spec.runner.partition(":")
         run = together or team.of(spec.needs) or getattr(importlib.import_module(module), name)
         inputs = {parent.key: store.open(parent.key) for parent in spec.parents}
@@ -46,13 +46,20 @@ def make(spec: Spec, store: Store, together: Callable[..., None] | None = None) 
     return "done"
 
 
+def _make_again(parent: Spec, child: Spec, store: Store) -> None:
+    """Make a parent on the way to its child, where what the child was given is enough for it."""
+    if parent.needs.gpus > child.needs.gpus:
+        raise RuntimeError(f"{parent.title} was found damaged and takes more GPUs than this: run again to make both")
+    make(parent, store)
+
+
 def attempt(spec: Spec, store: Store, together: Callable[..., None] | None = None) -> tuple[str, float, str, str]:
     """Make a spec: status, seconds, message and traceback (see `pool.Outcome`); all output goes to the spec's log."""
     keep_freed_memory()
     start, message, trace = time.perf_counter(), "", ""
     try:
         with store.writing():
-            _print_to(store.root / "logs" / f"{spec.key}.log")
+            print_to(store.root / "logs" / f"{spec.key}.log")
         status = make(spec, store, together)
     except StoreError as error:
         status, message, trace = "store", str(error), traceback.format_exc()
@@ -66,7 +73,7 @@ def attempt(spec: Spec, store: Store, together: Callable[..., None] | None = Non
     return status, time.perf_counter() - start, message, trace
 
 
-def _print_to(path: Path) -> None:
+def print_to(path: Path) -> None:
     """Have all output of this process go to a file, which is emptied."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as log:

@@ -86,7 +86,10 @@ def run(options: Options, folder: Path, console: Console) -> None:
     except TooManyMissing as error:
         typer.echo(f"failed: {error}; replies that came are kept, running again asks for the rest", err=True)
         raise typer.Exit(1) from None
-    except (JudgeError, ModuleNotFoundError, NotInstalled, EngineDied) as error:
+    except EngineDied as error:
+        typer.echo(f"failed: {error}\nreplies that came are kept, running again asks for the rest", err=True)
+        raise typer.Exit(1) from None
+    except (JudgeError, ModuleNotFoundError, NotInstalled) as error:
         raise ParamsError(str(error)) from None
     except ValueError as error:
         raise ParamsError(" ".join(str(error).split())) from None

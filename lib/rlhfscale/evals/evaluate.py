@@ -131,6 +131,8 @@ def open_judge(
         return None
     if kind not in ("endpoint", "hf", "vllm", "reward") or not source:
         raise ValueError(f"judge: {text!r} is none of {JUDGES}")
+    if kind != "vllm" and (tensor_parallel, pipeline_parallel) != (1, 1):
+        raise ValueError(f"tensor-parallel, pipeline-parallel: for judges of vllm: only, not {text}")
     if kind == "endpoint":
         url = url or os.environ.get("OPENAI_BASE_URL")
         if not url:

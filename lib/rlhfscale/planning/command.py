@@ -10,7 +10,7 @@ from rich.console import Console
 from rlhfscale import grid, runner
 from rlhfscale.params import ParamsError
 from rlhfscale.planning import costs, report
-from rlhfscale.planning.hardware import OF_TIER, hardware
+from rlhfscale.planning.hardware import OF_TIER, hardware, kind_for
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,12 @@ def run(tier: str, figures: Sequence[runner.Figure], todo: grid.Plan, console: C
         ParamsError: unknown hardware, options that are for GPUs where none are planned for, or a plan that does not
             fit.
     """
-    kind, most = OF_TIER.get(tier, (None, 1))
-    kind = asked.gpu or kind
+    most = OF_TIER.get(tier, (None, 1))[1]
     counts = _counts(asked.simulate)
+    try:
+        kind = kind_for(tier, asked.gpu)
+    except ValueError as error:
+        raise ParamsError(str(error)) from None
     if kind is None:
         given = ("gpus", "micro_batch_tokens", "usd_per_gpu_hour", "simulate", "as_json")
         for name in given:

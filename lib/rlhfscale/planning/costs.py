@@ -104,7 +104,7 @@ def stage_cost(spec: Spec, options: Options) -> StageCost:
         return StageCost(spec, 0, 0, Memory({}, "loading"), {}, seconds, 0.0, work.storage_bytes)
     found = fitted(work, options)
     if found is None:
-        raise DoesNotFit(refusal(spec, work, options))
+        raise DoesNotFit(_refusal(spec, work, options))
     gpus, micro, memory = found
     layout = options.layout(gpus, micro)
     flops = work.flops("plain")
@@ -143,8 +143,8 @@ def _smaller_micro_batch(work: Workload, options: Options) -> int | None:
     return None
 
 
-def refusal(spec: Spec, work: Workload, options: Options) -> str:
-    """One line on a stage that does not fit: what it needs, what there is, and what would fit."""
+def _refusal(spec: Spec, work: Workload, options: Options) -> str:
+    """One line: the stage, what it needs and what there is, and what would fit."""
     gpus = list(_numbers(options.gpus, options.hardware.gpus_per_node))[-1]
     micro = options.micro_batch_tokens or work.tokens_per_pass
     memory = peak(work, options.layout(gpus, micro))
