@@ -19,7 +19,8 @@ TASKS = ("tasks/__init__", "tasks/base", "tasks/lists", "tasks/registers", "ladd
 DOCUMENTS = (*TASKS, "data/demonstrations", "data/documents")
 MODELS = ("parallel", "sharding", "models")
 TRAINING = (*DOCUMENTS, *MODELS, "lora", "packing", "llama", "lm", "optim")
-SAMPLING = (*DOCUMENTS, *MODELS, "lora", "packing", "llama", "samplers/base", "samplers/hf", "data/responses")
+SAMPLING = (*DOCUMENTS, *MODELS, "lora", "packing", "llama", "samplers/base", "samplers/hf", "samplers/together",
+            "data/responses")  # fmt: skip
 REWARD = (
     *SAMPLING, "lm", "optim", "sequences", "rewards/base", "rewards/losses", "rewards/labelled",
     "rewards/metrics", "rewards/scorer", "rewards/outcome",
@@ -48,7 +49,7 @@ MODULES = {
     "mixed_reward_model": (*REWARD, "rewards/process", "rewards/mixed"),
     "process_reward_model": (*REWARD, "rewards/process"),
     "scores": (*REWARD, "rewards/process"),
-    "mt_bench": (*SAMPLING, "smollm2", *EVALS),
+    "mt_bench": (*SAMPLING, "smollm2", "samplers/vllm", *EVALS),
     "coverage": ("evals/planted", "evals/alpaca_eval", "stats/bootstrap"),
     **LANGUAGE,
 }
