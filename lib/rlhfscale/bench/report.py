@@ -11,6 +11,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from rlhfscale import plots
+from rlhfscale.bench.cases import CASES
 from rlhfscale.bench.rounds import CI_METHOD, median_interval
 from rlhfscale.paths import project_root
 
@@ -19,14 +20,17 @@ COMMAND = "make bench"
 
 
 def save(rows: Sequence[dict[str, Any]], folder: Path) -> None:
-    """Write rows.json, and runs.csv and summary.csv made from it; rows of other cases that are there stay."""
+    """Write rows.json, and runs.csv and summary.csv made from it, in the order of `cases.CASES`; rows of other cases that
+    are there stay."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "rows.json"
     kept = {row["case"]: row for row in (json.loads(file.read_text()) if file.exists() else [])}
     kept |= {row["case"]: row for row in rows}
-    file.write_text(json.dumps(list(kept.values()), indent=1) + "\n")
-    runs(list(kept.values())).to_csv(folder / "runs.csv", index=False)
-    summary(list(kept.values())).to_csv(folder / "summary.csv", index=False)
+    order = [*CASES, *kept]
+    rows = sorted(kept.values(), key=lambda row: order.index(row["case"]))
+    file.write_text(json.dumps(rows, indent=1) + "\n")
+    runs(rows).to_csv(folder / "runs.csv", index=False)
+    summary(rows).to_csv(folder / "summary.csv", index=False)
 
 
 def load(folder: Path) -> list[dict[str, Any]]:
