@@ -20,8 +20,8 @@ COMMAND = "make bench"
 
 
 def save(rows: Sequence[dict[str, Any]], folder: Path) -> None:
-    """Write rows.json, and runs.csv and summary.csv made from it, in the order of `cases.CASES`; rows of other cases that
-    are there stay."""
+    """Write rows.json, and runs.csv and summary.csv made from it, in the order of `cases.CASES`; rows of other cases
+    that are there stay."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "rows.json"
     kept = {row["case"]: row for row in (json.loads(file.read_text()) if file.exists() else [])}
