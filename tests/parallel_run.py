@@ -18,7 +18,7 @@ from rlhfscale import networks, parallel
 from rlhfscale.finetune import finetune
 from rlhfscale.rewards import outcome
 from rlhfscale.rl import GRPO, PPO, RLOO
-from rlhfscale.samplers import hf
+from rlhfscale.samplers import hf, request_seeds, together
 from rlhfscale.samplers.together import Together
 from rlhfscale.sequences import Sequences
 from test_rewards import new_scorer, planted
@@ -62,6 +62,17 @@ class Counted:
         return hf.sample(policy, prompts, **options)
 
 
+def few_prompts() -> tuple[dict, list]:
+    """Fewer prompts than processes: some have none of their own to sample."""
+    policy, prompts = tiny_rl.language_model(), [[5, 6, 7]]
+    options = {"seeds": request_seeds((1,), 1), "max_new_tokens": 9}
+    found = [
+        together.sample(sampler, policy, prompts, **options) for sampler in (hf.sample, Together(lambda: hf.sample))
+    ]
+    assert all(len(completions) == 1 for completions in found)
+    return {}, [completions.ids.tolist() for completions in found]
+
+
 def resumed(folder: Path) -> tuple[dict, list]:
     """A run that stopped after two updates and goes on from a checkpoint on the first process's disk alone."""
     folder = folder / f"disk-of-{parallel.rank()}-of-{parallel.size()}"
@@ -69,7 +80,7 @@ def resumed(folder: Path) -> tuple[dict, list]:
         run = tiny_rl.trainer(PPO, policy_lr=1e-2)
         records = run.train(partial(tiny_rl.prompts, run), count, folder=folder, progress=False)
         assert run.run.num_updates == count
-    return dict(run.networks.named_parameters()), records[["proxy", "kl_nats"]].to_numpy()[-1:].tolist()
+    return dict(run.networks.named_parameters()), records[["proxy", "kl_nats"]].to_numpy().tolist()
 
 
 def keep(folder: Path, name: str, weights: dict, record: list) -> None:
@@ -92,6 +103,7 @@ def main(folder: Path, base: Path, *names: str) -> None:
         "ppo-passes": lambda: policy(PPO, max_tokens_per_pass=100),
         "ppo-all-weights": lambda: policy(PPO, adapter="none"),
         "ppo-one-sampler": lambda: policy(PPO, sampler=Together(Counted)),
+        "few-prompts": few_prompts,
         "ppo-resumed": lambda: resumed(folder),
         "grpo": lambda: policy(GRPO, responses_per_prompt=4),
         "rloo": lambda: policy(RLOO, responses_per_prompt=4),

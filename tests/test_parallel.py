@@ -22,6 +22,7 @@ NAMES = [
     "grpo",
     "rloo",
     "ppo-one-sampler",
+    "few-prompts",
     "ppo-resumed",
 ]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from rlhfscale import ray_team
 from rlhfscale.ray_pool import RayError, RayPool
 from rlhfscale.spec import Needs
 from rlhfscale.store import Store
@@ -165,6 +166,12 @@ def ancestors(pid: int) -> list[int]:
         pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
         found.append(pid)
     return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
+def test_the_network_of_an_address_is_found():
+    assert ray_team.interface_of("127.0.0.1") == "lo"
+    assert ray_team.interface_of("203.0.113.7") is None
 
 
 def test_gpus_that_no_machine_has_are_named_and_waited_for(cluster, tmp_path, monkeypatch):

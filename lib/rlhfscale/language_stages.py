@@ -1,5 +1,6 @@
 """The stages of the study on published language models; see `stages` for their signature and `language` for specs."""
 
+import gc
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -89,7 +90,7 @@ def _merged_anew(policy: SharedBase, source: Path, folder: Path) -> PreTrainedMo
     for a second copy, and in 4 bits the adapter would be rounded away."""
     with tempfile.TemporaryDirectory(dir=folder) as kept:
         policy.save_adapter(models.POLICY, Path(kept))
-        base = models.load_base(source, "bf16", local_files_only=True)
+        base = models.load_base(source, "bf16", sharded=False, local_files_only=True)
         return PeftModel.from_pretrained(base, Path(kept) / models.POLICY).merge_and_unload()
 
 
@@ -120,7 +121,10 @@ def answer_reward(spec: language.AnswerReward, inputs: Inputs, folder: Path) -> 
         merge=False,
     )
     OutcomeRewardModel(model, tokenizer).save(folder / "model")
-    del model  # before the next one is loaded
+    del model  # before the next one is loaded; its layers refer to each other
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     shared = _attached(spec, inputs, folder)
     reference = [part.sequences[part.group % CALIBRATED == 0] for part in labelled]
     shared.calibrate(np.concatenate([shared.score(sequences) for sequences in reference]))
@@ -166,8 +170,9 @@ def aligned(spec: language.Aligned, inputs: Inputs, folder: Path) -> None:
             on_update=graded,
             progress=False,
         )
-    run.networks.save(folder / "adapters")
-    metrics.to_csv(folder / "metrics.csv", index=False)
+    if parallel.rank() == 0:
+        run.networks.save(folder / "adapters")
+        metrics.to_csv(folder / "metrics.csv", index=False)
 
 
 def _score(

@@ -54,8 +54,8 @@ def _waiting() -> dist.ProcessGroup:
     return dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo", timeout=PATIENCE)
 
 
-def of_first(content: bytes) -> bytes:
-    """The first process's bytes, in every process."""
+def of_first(content: bytes) -> bytes | bytearray:
+    """The first process's bytes, in every process; the others' are not looked at."""
     if size() == 1:
         return content
     group = _waiting()
@@ -65,7 +65,7 @@ def of_first(content: bytes) -> bytes:
     for start in range(0, len(buffer), CHUNK):
         size_here = min(CHUNK, len(buffer) - start)
         dist.broadcast(torch.frombuffer(buffer, dtype=torch.uint8, count=size_here, offset=start), 0, group)
-    return bytes(buffer)
+    return buffer
 
 
 @cache
@@ -78,7 +78,7 @@ def machine() -> dist.ProcessGroup:
     here = int(os.environ.get("LOCAL_WORLD_SIZE", size()))
     if size() % here:
         raise ValueError(f"LOCAL_WORLD_SIZE: {here} processes here, {size()} in all; start as many on each machine")
-    return dist.group.WORLD if here == size() else dist.new_subgroups(here)[0]
+    return dist.group.WORLD if here == size() else dist.new_subgroups(here, timeout=PATIENCE)[0]
 
 
 def most(count: int, device: torch.device) -> int:
@@ -125,7 +125,7 @@ def whole(values: torch.Tensor, rows: torch.Tensor, count: int) -> torch.Tensor:
     """
     if size() == 1:
         return values
-    return gathered(values if rank() < count else 0.0 * values, rows, count)
+    return gathered(values if rank() < count else 0 * values, rows, count)
 
 
 def gathered(values: torch.Tensor, rows: torch.Tensor, count: int) -> torch.Tensor:

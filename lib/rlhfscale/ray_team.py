@@ -5,8 +5,14 @@ its own machine (see `team`) and one task on each other machine that starts the 
 when one fails or a machine is gone. Ray ends those tasks where this one's machine is lost.
 """
 
+import fcntl
+import os
+import socket
+import struct
+import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +21,9 @@ from typing import Any
 from rlhfscale import team, worker
 from rlhfscale.spec import Needs, Spec
 from rlhfscale.store import Store, StoreError
+
+TIDY_S = 10.0
+"""For which tasks on other machines may delete what they have written, before they are killed."""
 
 
 def resources(needs: Needs) -> dict[str, Any]:
@@ -51,6 +60,7 @@ def make(spec: Spec, inputs: Mapping[str, Path], folder: Path, needs: Needs, loc
     """
     import ray
 
+    _let_gloo_find_others()
     per_machine = needs.gpus // needs.machines
     here = team.Place(needs.gpus, per_machine, 0, ray.util.get_node_ip_address(), team.free_port())
     join = ray.remote(max_retries=0)(_join)
@@ -61,7 +71,12 @@ def make(spec: Spec, inputs: Mapping[str, Path], folder: Path, needs: Needs, loc
     ]
     try:
         team.make(spec, inputs, folder, here, partial(_failures, others))
-        ray.wait(others, num_returns=len(others), timeout=team.LOST_S)  # until they have tidied up
+        ray.wait(others, num_returns=len(others), timeout=team.LOST_S)
+    except BaseException:
+        for task in others:
+            ray.cancel(task)
+        ray.wait(others, num_returns=len(others), timeout=TIDY_S)
+        raise
     finally:
         for task in others:
             ray.cancel(task, force=True)
@@ -70,10 +85,34 @@ def make(spec: Spec, inputs: Mapping[str, Path], folder: Path, needs: Needs, loc
 def _join(spec: Spec, location: str, place: team.Place) -> None:
     """Start this machine's processes of a stage and wait for them; what they print goes to a log beside the first
     machine's."""
+    _let_gloo_find_others()
     store = Store(location)
-    worker.print_to(store.root / "logs" / f"{spec.key}.{place.first}.log")
+    log = store.root / "logs" / f"{spec.key}.{place.first}.log"
+    with store.writing():
+        worker.print_to(log)
     inputs = {parent.key: store.open(parent.key) for parent in spec.parents}
     team.make(spec, inputs, None, place)
+    if log.stat().st_size == 0:
+        log.unlink()
+
+
+def _let_gloo_find_others() -> None:
+    """Name the network that Ray uses to gloo, which would take the one that the machine's own name stands for."""
+    import ray
+
+    if name := interface_of(ray.util.get_node_ip_address()):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
+def interface_of(address: str) -> str | None:
+    """The network interface with an IPv4 address; None where there is none, or no Linux to ask."""
+    get_address = 0x8915  # SIOCGIFADDR, see netdevice(7)
+    for _, name in socket.if_nameindex() if sys.platform == "linux" else ():
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
+            found = fcntl.ioctl(probe, get_address, struct.pack("256s", name.encode()))
+            if socket.inet_ntoa(found[20:24]) == address:
+                return name
+    return None
 
 
 def _failures(tasks: Sequence[Any], timeout_s: float) -> list[team.TeamError]:

@@ -24,6 +24,8 @@ from pathlib import Path
 
 from rlhfscale.spec import Needs, Spec
 
+LAUNCHERS = ("TORCHELASTIC_", "ACCELERATE_")
+"""What the variables of others that start teams begin with."""
 BLAME_S, LOST_S = 2.0, 90.0
 """Seconds for which others' failures are waited for after the first: whose it was shows in when they failed. On other
 machines longer: until it is known that one is gone."""
@@ -132,7 +134,7 @@ def _start(rank: int, place: Place) -> tuple[Connection, subprocess.Popen]:
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", "rlhfscale.team", str(far_end.fileno()), str(os.getpid())],
         pass_fds=[far_end.fileno()],
-        env=os.environ | about,
+        env={name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS)} | about,
         stdin=subprocess.DEVNULL,
     )
     far_end.close()

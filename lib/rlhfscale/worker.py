@@ -48,7 +48,7 @@ def make(spec: Spec, store: Store, together: Callable[..., None] | None = None) 
 
 def _make_again(parent: Spec, child: Spec, store: Store) -> None:
     """Make a parent on the way to its child, where what the child was given is enough for it."""
-    if parent.needs.gpus > child.needs.gpus:
+    if parent.needs.gpus > child.needs.gpus or parent.needs.machines > 1:
         raise RuntimeError(f"{parent.title} was found damaged and takes more GPUs than this: run again to make both")
     make(parent, store)
 

@@ -137,9 +137,12 @@ def spread(folder: Path) -> bool:
         mine = exists(folder) and (latest(folder) / STATE).read_bytes() == state
         for name in names:
             content = parallel.of_first((latest(folder) / name).read_bytes() if parallel.rank() == 0 else b"")
-            if not mine:
+            if not mine:  # several processes may write the same
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                (folder / name).write_bytes(content)
+                temporary = folder / f"{name}.{parallel.rank()}.tmp"
+                temporary.write_bytes(content)
+                temporary.replace(folder / name)
+        parallel.barrier()  # nobody reads what another one writes
     return bool(names)
 
 

@@ -1,5 +1,6 @@
 """What the trainers share outside of their equations: drawing roll-outs, minibatches, the outer loop, resuming."""
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -214,7 +215,8 @@ class Trainer:
             return []
         self.load(folder / CHECKPOINT)
         metrics = pd.read_csv(folder / METRICS) if (folder / METRICS).exists() else pd.DataFrame({"update": []})
-        return metrics[metrics["update"] < self.run.num_updates].to_dict("records")
+        records = metrics[metrics["update"] < self.run.num_updates].to_dict("records")
+        return json.loads(parallel.of_first(json.dumps(records).encode()))
 
     def _shuffled(self, prompts: Sequence[Prompt]) -> Callable[[int], list[Prompt]]:
         """Prompts in an order that depends on the seed and the update alone: epochs of permutations, end to end."""
