@@ -25,17 +25,17 @@ REWARD = (
     *SAMPLING, "lm", "optim", "sequences", "rewards/base", "rewards/losses", "rewards/labelled",
     "rewards/metrics", "rewards/scorer", "rewards/outcome",
 )  # fmt: skip
-TRAINERS = tuple(
+TRAINERS = ("paths", *(
     f"rl/{name}"
     for name in ("config", "ppo", "grpo", "rloo", "loop", "learner", "rollout", "logprobs", "kl", "advantages",
                  "losses", "metrics")
-)  # fmt: skip
+))  # fmt: skip
 EVALS = tuple(f"evals/{name}" for name in ("benchmarks", "evaluate", "judge", "mt_bench", "revisions", "sources"))
 ANSWERS = ("data/answers", "tasks/reasoning", "smollm2", "networks")
 LANGUAGE = {
     "chat": (*TASKS, "checkpoints", *MODELS, "smollm2"),
     "answers": (*REWARD, *ANSWERS),
-    "tuned": (*REWARD, *ANSWERS, "finetune", "rl/learner", "rl/logprobs"),
+    "tuned": (*REWARD, *ANSWERS, "finetune", "rl/learner", "rl/logprobs", "paths"),
     "answer_reward": (*REWARD, *ANSWERS, "rewards/shared"),
     "aligned": (*REWARD, *ANSWERS, "rewards/shared", *TRAINERS),
     "answer_scores": (*REWARD, *ANSWERS, "rewards/shared"),

@@ -69,13 +69,13 @@ class RayPool(Pool):
     def check(self, specs: Iterable[Spec]) -> None:
         """Warn of specs that take more machines with so many GPUs than there are: they wait for others to join."""
         alive = [int(node["Resources"].get("GPU", 0)) for node in self.ray.nodes() if node["Alive"]]
-        waiting: dict[tuple[int, int], str] = {}
+        waiting: dict[tuple[int, int, int], str] = {}
         for spec in specs:
             machines, each = spec.needs.machines, spec.needs.gpus // spec.needs.machines
-            if each and sum(there >= each for there in alive) < machines:
-                waiting.setdefault((machines, each), spec.title)
-        for (machines, each), title in waiting.items():
-            there = sum(found >= each for found in alive)
+            there = sum(gpus >= each for gpus in alive)
+            if each and there < machines:
+                waiting.setdefault((machines, each, there), spec.title)
+        for (machines, each, there), title in waiting.items():
             warnings.warn(
                 f"{title}: takes {machines} x {each} GPUs, and {there} machines of the cluster have {each}: it waits",
                 stacklevel=2,

@@ -104,9 +104,8 @@ def make(
     with tempfile.TemporaryDirectory(prefix="rlhfscale-") as scratch:
         try:
             for rank in range(place.first, place.first + place.here):
-                own = (
-                    folder if rank == 0 else Path(scratch, str(rank), "tmp", f"{spec.key}.{rank}")
-                )  # laid out as a store
+                # the others' are laid out as a store is, so that each has checkpoints of its own
+                own = folder if rank == 0 else Path(scratch, str(rank), "tmp", f"{spec.key}.{rank}")
                 own.mkdir(parents=True, exist_ok=True)
                 connection, process = _start(rank, place)
                 processes[connection] = process

@@ -13,6 +13,7 @@ from torch import nn
 
 from rlhfscale import parallel
 from rlhfscale.lm import Diverged
+from rlhfscale.paths import replace_file
 
 STATE = "state.json"
 
@@ -126,24 +127,23 @@ def exists(folder: Path) -> bool:
 def spread(folder: Path) -> bool:
     """Whether the first process has a checkpoint there; the other processes have the same one then, written into their
     folders where these are others."""
-    names: list[str] = []
+    found = {}
     if parallel.rank() == 0 and exists(folder):
         source = latest(folder)
-        files = (str(path.relative_to(source)) for path in source.rglob("*") if path.is_file())
-        names = sorted(files, key=lambda name: (name == STATE, name))  # last, what makes it a checkpoint
-    names = json.loads(parallel.of_first(json.dumps(names).encode()))
-    if parallel.size() > 1 and names:
-        state = parallel.of_first((latest(folder) / STATE).read_bytes() if parallel.rank() == 0 else b"")
-        mine = exists(folder) and (latest(folder) / STATE).read_bytes() == state
-        for name in names:
+        files = (str(path.relative_to(source)) for path in source.rglob("*") if path.is_file() and path.name != STATE)
+        found = {"state": (source / STATE).read_text(), "files": sorted(files)}
+    found = json.loads(parallel.of_first(json.dumps(found).encode()))
+    if parallel.size() > 1 and found:
+        mine = exists(folder) and (latest(folder) / STATE).read_text() == found["state"]
+        for name in found["files"]:
             content = parallel.of_first((latest(folder) / name).read_bytes() if parallel.rank() == 0 else b"")
-            if not mine:  # several processes may write the same
+            if not mine:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                temporary = folder / f"{name}.{parallel.rank()}.tmp"
-                temporary.write_bytes(content)
-                temporary.replace(folder / name)
+                replace_file(folder / name, content)
+        if not mine:
+            replace_file(folder / STATE, found["state"].encode())  # last: it makes the files a checkpoint
         parallel.barrier()  # nobody reads what another one writes
-    return bool(names)
+    return bool(found)
 
 
 def latest(folder: Path) -> Path:
