@@ -150,7 +150,7 @@ format: setup-dev
 	$(if $(NOTEBOOKS),$(BIN)/nbstripout $(NOTEBOOKS))
 
 readme: setup
-	$(BIN)/python -m rlhfscale.readme
+	$(BIN)/python -m rlhfscale.claims.readme
 
 notebooks-lab: setup
 	$(BIN)/jupyter lab --notebook-dir notebooks

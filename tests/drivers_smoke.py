@@ -17,12 +17,13 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from rlhfscale.store import Store
+from rlhfscale.runs.store import Store
 
 
 def drive(report: Path, arguments: list[str]) -> None:
     """`rlhfscale` with these arguments in this process; the status of every node goes to a file."""
-    from rlhfscale import cli, grid
+    from rlhfscale import cli
+    from rlhfscale.runs import grid
 
     ensure = grid.ensure
 

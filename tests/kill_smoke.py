@@ -22,7 +22,7 @@ import time
 import uuid
 from pathlib import Path
 
-from rlhfscale.store import Store
+from rlhfscale.runs.store import Store
 
 TABLES = ("runs.csv", "summary.csv", "per_prompt.csv.gz")
 

@@ -12,10 +12,13 @@ from pathlib import Path
 
 import torch
 
-from rlhfscale import checkpoints, language, language_stages, models, parallel
-from rlhfscale.checkpoints import Checkpoint
-from rlhfscale.language_recipe import CheckpointRecipe
-from rlhfscale.spec import Spec
+from rlhfscale.chat import checkpoints
+from rlhfscale.chat import specs as chat_specs
+from rlhfscale.chat import stages as chat_stages
+from rlhfscale.chat.checkpoints import Checkpoint
+from rlhfscale.chat.recipe import CheckpointRecipe
+from rlhfscale.models import loading, parallel
+from rlhfscale.runs.spec import Spec
 from test_language_figures import RECIPE, SHAPES, shape
 
 
@@ -39,16 +42,16 @@ def main(folder: Path, root: Path) -> None:
     for name, (width, _) in SHAPES.items():
         checkpoints.CHECKPOINTS[name] = Checkpoint(name=name, repo=f"local/{name}", shape=shape(width))
     checkpoints.download = lambda found: root / found.name
-    models.load_base = partial(in_float32, models.load_base)
-    language.LARGE = 0  # with what saves memory
+    loading.load_base = partial(in_float32, loading.load_base)
+    chat_specs.LARGE = 0  # with what saves memory
     own = folder / f"{parallel.rank()}-of-{parallel.size()}"
     for spec in specs():
-        if parallel.size() > 1 and isinstance(spec, language.Chat):  # takes no GPU, so one process makes it
+        if parallel.size() > 1 and isinstance(spec, chat_specs.Chat):  # takes no GPU, so one process makes it
             continue
         made = own / "tmp" / spec.key
         made.mkdir(parents=True)
         inputs = {parent.key: folder / "0-of-1" / "tmp" / parent.key for parent in spec.parents}
-        getattr(language_stages, spec.runner.partition(":")[2])(spec, inputs, made)
+        getattr(chat_stages, spec.runner.partition(":")[2])(spec, inputs, made)
         parallel.barrier()
 
 

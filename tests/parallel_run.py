@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import save_file
 
 import tiny_rl
-from rlhfscale import networks, parallel
-from rlhfscale.finetune import finetune
+from rlhfscale.chat.finetune import finetune
+from rlhfscale.models import parallel
+from rlhfscale.models.sequences import Sequences
 from rlhfscale.rewards import outcome
-from rlhfscale.rl import GRPO, PPO, RLOO
+from rlhfscale.rl import GRPO, PPO, RLOO, networks
 from rlhfscale.samplers import hf, request_seeds, together
 from rlhfscale.samplers.together import Together
-from rlhfscale.sequences import Sequences
 from test_rewards import new_scorer, planted
 
 

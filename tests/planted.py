@@ -8,9 +8,10 @@ import numpy as np
 import pandas as pd
 from safetensors.numpy import save_file
 
-from rlhfscale import ladder, params, registry, specs
-from rlhfscale.data.responses import Responses
-from rlhfscale.results import ResultsFolder
+from rlhfscale.bed import ladder, specs
+from rlhfscale.bed.responses import Responses
+from rlhfscale.study import params, registry
+from rlhfscale.study.results import ResultsFolder
 
 assert registry
 RUNG_STEPS = {name: step for step, name in enumerate(ladder.RUNGS)}

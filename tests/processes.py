@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from rlhfscale import team
+from rlhfscale.runs import team
 
 
 def run(script: Path, *arguments: object, size: int, per_machine: int | None = None) -> None:

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from kill_smoke import tables
-from rlhfscale.store import Store
+from rlhfscale.runs.store import Store
 
 
 def start(folder: Path, *options: str) -> subprocess.Popen:

@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import tiny
 import tiny_rl
 from parallel_run import demonstrations, keep
-from rlhfscale import models, networks, parallel, sharding
-from rlhfscale.finetune import finetune
+from rlhfscale.chat.finetune import finetune
+from rlhfscale.models import loading, parallel, sharding
 from rlhfscale.rewards import OutcomeRewardModel, outcome, process, scorer
 from rlhfscale.rewards.shared import SharedReward
-from rlhfscale.rl import GRPO, PPO
+from rlhfscale.rl import GRPO, PPO, networks
 from rlhfscale.samplers import hf, request_seeds
 from test_process import STEP_IDS
 from test_process import planted as planted_steps
@@ -31,13 +31,13 @@ def load(base: Path, dtype: str, head: str = "causal"):
     """A sharded base whose sums are exact enough to be compared: 4-bit weights too are computed with in float32."""
     if dtype == "nf4":
         auto = {"causal": AutoModelForCausalLM, "score": AutoModelForSequenceClassification}[head]
-        config = models._nf4()
+        config = loading._nf4()
         config.bnb_4bit_compute_dtype = torch.float32
         options = {"num_labels": 1} if head == "score" else {}
         options |= {"dtype": torch.float32, "quantization_config": config}
-        model = sharding.shard(models.close_nf4_trap(auto.from_pretrained(base, **options)).eval())
+        model = sharding.shard(loading.close_nf4_trap(auto.from_pretrained(base, **options)).eval())
     else:
-        model = models.load_base(base, dtype, head=head, sharded=True)
+        model = loading.load_base(base, dtype, head=head, sharded=True)
     return random_head(model) if head == "score" else model
 
 
@@ -100,7 +100,7 @@ def runs(base: Path, dtype: str, saved: Path) -> dict[str, Callable[[], tuple[di
 @torch.no_grad()
 def facts(base: Path, dtype: str) -> dict:
     """About one sharded model beside a whole one: what is equal, and what this process holds."""
-    whole, sharded = models.load_base(base, dtype), models.load_base(base, dtype, sharded=True)
+    whole, sharded = loading.load_base(base, dtype), loading.load_base(base, dtype, sharded=True)
     blocks = list({id(p.block): p.block for p in sharded.parameters() if hasattr(p, "block")}.values())
     filled: list[int] = []
     gather = sharding.Block.gather
@@ -112,7 +112,7 @@ def facts(base: Path, dtype: str) -> dict:
     sharding.Block.gather = counting
     ids, _ = tiny_rl.ragged(vocabulary=56)
     found = {"logits": torch.equal(sharded(ids).logits, whole(ids).logits)}
-    found["fingerprint"] = models.fingerprint(sharded) == models.fingerprint(whole)
+    found["fingerprint"] = loading.fingerprint(sharded) == loading.fingerprint(whole)
     ours = networks.build(sharded, critic="separate", rank=4)
     with torch.enable_grad():
         for role in ("policy", "critic"):
@@ -145,8 +145,8 @@ def storage_bytes(model) -> int:
 
 def refusals(base: Path, folder: Path) -> dict[str, str]:
     """What a sharded model is not fit for, and what is said."""
-    model, scored = (models.load_base(base, sharded=True, head=head) for head in ("causal", "score"))
-    ours = networks.build(models.load_base(base, sharded=True), critic="none", rank=4)
+    model, scored = (loading.load_base(base, sharded=True, head=head) for head in ("causal", "score"))
+    ours = networks.build(loading.load_base(base, sharded=True), critic="none", rank=4)
     options = {"epochs": 1, "prompts_per_batch": 4, "lr": 1e-3, "readout": "sum", "seed": (0,)}
     asked = {
         "all weights": lambda: networks.build(model, adapter="none"),
@@ -157,8 +157,8 @@ def refusals(base: Path, folder: Path) -> dict[str, str]:
         "merged": ours.merged_policy,
         "save": lambda: OutcomeRewardModel(scored, None).save(folder / "refused"),
         "twice": lambda: sharding.shard(model),
-        "adapters": lambda: sharding.shard(scorer.prepare(models.load_base(base, head="score"), 4, False, tiny_rng())),
-        "device map": lambda: models.load_base(base, sharded=True, device_map="cpu"),
+        "adapters": lambda: sharding.shard(scorer.prepare(loading.load_base(base, head="score"), 4, False, tiny_rng())),
+        "device map": lambda: loading.load_base(base, sharded=True, device_map="cpu"),
     }
     return {name: refusal(function) for name, function in asked.items()}
 
@@ -179,7 +179,7 @@ def main(folder: Path, base: Path, dtypes: list[str]) -> None:
     torch.set_num_threads(1)
     parallel.start()
     if dtypes == ["asked"]:  # of accelerate, by its configuration
-        model = models.load_base(base)
+        model = loading.load_base(base)
         assert sharding.is_sharded(model) == (parallel.size() > 1)
         keep(folder, "sft", *fine_tuning(model))
         return

@@ -14,8 +14,8 @@ import pandas as pd
 import pytest
 from safetensors.numpy import save_file
 
-from rlhfscale.store import Store, StoreError
-from rlhfscale.worker import make
+from rlhfscale.runs.store import Store, StoreError
+from rlhfscale.runs.worker import make
 from test_cli import call, project  # noqa: F401  (a fixture)
 from test_grid import lines, no_half_artifact, run
 from toy_stages import Files

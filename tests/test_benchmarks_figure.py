@@ -4,11 +4,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from rlhfscale import figures, grid, params, plots, stages, study
+from rlhfscale.bed import stages
 from rlhfscale.evals import alpaca_eval, planted, revisions, sources
-from rlhfscale.params import ParamsError
-from rlhfscale.results import ResultsFolder
-from rlhfscale.store import Store
+from rlhfscale.runs import grid
+from rlhfscale.runs.store import Store
+from rlhfscale.study import figures, params, style
+from rlhfscale.study import tables as study
+from rlhfscale.study.params import ParamsError
+from rlhfscale.study.results import ResultsFolder
 
 SMOKE = {"recipe": "smoke", "num_instructions": 40, "num_simulations": 4, "num_refits": 10}
 
@@ -68,7 +71,7 @@ def test_without_anything_installed_the_figure_is_made_and_says_what_to_install(
     note = study.mt_bench_note(P, tables)
     assert "was not run here" in note and "EXTRAS=judge" in note and "EXTRAS=smollm2" in note
     assert "mt_bench.csv" not in tables.extra
-    figure = plots.benchmarks(tables.summary, None)
+    figure = style.benchmarks(tables.summary, None)
     folder = study.save(P, tables, {"figure": figure}, made, 1.0)
     assert folder.parts[-2:] == ("custom", "30_benchmarks") and (folder / "figure.png").stat().st_size > 5000
 
@@ -80,7 +83,7 @@ def test_an_earlier_table_of_the_same_parameters_is_kept(nothing_installed, tmp_
     ResultsFolder("30_benchmarks", tier="custom").write_table("mt_bench.csv", rows)
     tables = study.benchmarks(P, covered(P, tmp_path / "coverage"))
     assert "earlier run's" in study.mt_bench_note(P, tables)
-    plots.benchmarks(tables.summary, tables.extra["mt_bench.csv"])
+    style.benchmarks(tables.summary, tables.extra["mt_bench.csv"])
     assert "mt_bench.csv" not in study.benchmarks(other, covered(other, tmp_path / "other")).extra
 
 

@@ -7,14 +7,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from rlhfscale.evals.best_of_n import (
-    best_of_n,
-    expected_proxy,
-    kl_bound_nats,
-    majority_vote,
-    pass_at_n,
-    weighted_vote,
-)
+from rlhfscale.evals.best_of_n import best_of_n, expected_proxy, kl_bound_nats, majority_vote, pass_at_n, weighted_vote
 
 SIZES = [1, 2, 3, 5, 7]
 RNG = np.random.default_rng(0)

@@ -7,10 +7,11 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from rlhfscale import study_sweeps
-from rlhfscale.results import ResultsFolder
 from rlhfscale.stats.bootstrap import Interval, nested_bootstrap
-from rlhfscale.stats.claims import (
+from rlhfscale.stats.fits import slope_per_doubling
+from rlhfscale.study import study_sweeps
+from rlhfscale.study.results import ResultsFolder
+from rlhfscale.study.rules import (
     CLAIMS,
     EQUIVALENCE_MARGIN,
     ClaimResult,
@@ -20,7 +21,6 @@ from rlhfscale.stats.claims import (
     seeds_to_settle,
     write_ledger,
 )
-from rlhfscale.stats.fits import slope_per_doubling
 
 
 def interval(low, high, **changes):

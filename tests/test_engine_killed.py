@@ -10,7 +10,7 @@ import pytest
 
 import tiny
 import tiny_rl
-from rlhfscale import models
+from rlhfscale.bed import rungs
 from rlhfscale.rl import PPO
 from rlhfscale.samplers import request_seeds
 from rlhfscale.samplers.vllm import VLLM, EngineDied, environment
@@ -24,7 +24,7 @@ def start(tmp_path, monkeypatch):
     toy = str(Path(__file__).with_name("toy_vllm"))
     monkeypatch.syspath_prepend(toy)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([toy, *sys.path]))
-    models.save_model(tiny.model(), tmp_path / "model")
+    rungs.save_model(tiny.model(), tmp_path / "model")
     return lambda: VLLM(tmp_path / "model", dtype="fp32", max_lora_rank=8)
 
 

@@ -6,23 +6,13 @@ import subprocess
 import nbformat
 import pytest
 
-from rlhfscale import (
-    figures,
-    ladder,
-    language,
-    params,
-    readme,
-    registry,  # noqa: F401  registers the figures
-    specs,
-    study,
-    sweeps,
-    sweeps_compute,
-    sweeps_data,
-    sweeps_process,
-)
-from rlhfscale.params import ParamsError
-from rlhfscale.paths import project_root
-from rlhfscale.recipe import Recipe
+from rlhfscale.bed import ladder, rungs, specs
+from rlhfscale.bed.recipe import Recipe
+from rlhfscale.chat import specs as chat_specs
+from rlhfscale.claims import readme
+from rlhfscale.runs.paths import project_root
+from rlhfscale.study import figures, params, sweeps, sweeps_compute, sweeps_data, sweeps_process, tables
+from rlhfscale.study.params import ParamsError
 
 ROOT = project_root()
 TIERS = ("smoke", "laptop", "gpu24", "gpu", "paper")
@@ -132,7 +122,7 @@ def test_figures_use_neither_the_seed_nor_the_prompts_the_settings_were_chosen_o
     measured = [loaded for file in FILES if not (loaded := params.load(file)).reads_results]
     chosen_on = [loaded for loaded in measured if isinstance(loaded, sweeps.LearningRates)]
     for loaded in measured:
-        evaluations = [spec for spec in loaded.specs() if isinstance(spec, specs.Samples | language.Answers)]
+        evaluations = [spec for spec in loaded.specs() if isinstance(spec, specs.Samples | chat_specs.Answers)]
         assert evaluations or isinstance(loaded, figures.Benchmarks)
         if loaded in chosen_on:
             assert all(spec.prompt_seed == 0 for spec in evaluations)
@@ -231,7 +221,7 @@ def test_bad_recipes_name_file_and_field(tmp_path, monkeypatch, line, words):
     text = re.sub(rf"^{name}:.*\n", "", text, flags=re.MULTILINE)
     (tmp_path / "params" / "broken").mkdir(parents=True)
     (tmp_path / "params" / "broken" / "recipe.yaml").write_text(f"{text}{line}\n")
-    monkeypatch.setattr("rlhfscale.recipe.project_root", lambda: tmp_path)
+    monkeypatch.setattr("rlhfscale.bed.recipe.project_root", lambda: tmp_path)
     with pytest.raises(ParamsError, match=r"^params/broken/recipe.yaml: ") as caught:
         Recipe.load("broken")
     Recipe.load.cache_clear()
@@ -242,8 +232,8 @@ def test_bad_recipes_name_file_and_field(tmp_path, monkeypatch, line, words):
 def test_playing_with_parameters_leaves_a_tiers_results_alone():
     committed = params.load("01_policy_size", "laptop")
     played = figures.PolicySize(**committed.model_dump() | {"seeds": (1, 2, 3)})
-    assert study.command(committed) == "make figures TIER=laptop FIGURE=01_policy_size"
-    assert "manifest.json" in study.command(played)
+    assert tables.command(committed) == "make figures TIER=laptop FIGURE=01_policy_size"
+    assert "manifest.json" in tables.command(played)
 
 
 def test_every_recipe_setting_changes_some_artifact():
@@ -317,9 +307,8 @@ def test_no_pickle_and_no_eval_in_the_library():
 def test_the_readme_example_trains_a_model(tmp_path, monkeypatch):
     """As printed, but for the model's name, the number of updates, and the folder it writes to."""
     import tiny
-    from rlhfscale import models
 
-    models.save_model(tiny.model(), tmp_path / "model")
+    rungs.save_model(tiny.model(), tmp_path / "model")
     text = (ROOT / "README.md").read_text()
     code = next(block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "PPOConfig" in block)
     code = re.sub(r'name = ".*?"', f'name = "{tmp_path}/model"', code).replace("num_updates=20", "num_updates=2")

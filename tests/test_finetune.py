@@ -5,9 +5,9 @@ import pytest
 import torch
 
 import tiny_rl
-from rlhfscale import networks
-from rlhfscale.finetune import finetune, response_loss
-from rlhfscale.sequences import Sequences
+from rlhfscale.chat.finetune import finetune, response_loss
+from rlhfscale.models.sequences import Sequences
+from rlhfscale.rl import networks
 
 
 def sequences(count=6, seed=0):

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from rlhfscale import grid, pool
-from rlhfscale.grid import GridError, ensure, plan
-from rlhfscale.pool import PoolError
-from rlhfscale.store import Store, StoreError
+from rlhfscale.runs import grid, pool
+from rlhfscale.runs.grid import GridError, ensure, plan
+from rlhfscale.runs.pool import PoolError
+from rlhfscale.runs.store import Store, StoreError
 from toy_stages import Number, Together, Total, read
 
 

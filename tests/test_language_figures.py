@@ -12,30 +12,28 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 import tiny_chat
-from rlhfscale import (
-    checkpoints,
-    grid,
-    language,
-    language_stages,
+from rlhfscale.bed.recipe import Recipe
+from rlhfscale.chat import checkpoints
+from rlhfscale.chat import specs as chat_specs
+from rlhfscale.chat import stages as chat_stages
+from rlhfscale.chat.answers import Answers
+from rlhfscale.chat.checkpoints import Checkpoint
+from rlhfscale.chat.recipe import CheckpointRecipe
+from rlhfscale.models.shapes import Shape
+from rlhfscale.runs import grid, worker
+from rlhfscale.runs.pool import Outcome, Pool
+from rlhfscale.runs.store import Store
+from rlhfscale.study import (
     params,
-    plots,
     plots_data,
     plots_sweeps,
     real_model,
     real_model_tables,
-    registry,  # noqa: F401  registers the figures
-    study,
     study_data,
     study_sweeps,
-    worker,
+    style,
 )
-from rlhfscale.checkpoints import Checkpoint
-from rlhfscale.data.answers import Answers
-from rlhfscale.language_recipe import CheckpointRecipe
-from rlhfscale.pool import Outcome, Pool
-from rlhfscale.recipe import Recipe
-from rlhfscale.shapes import Shape
-from rlhfscale.store import Store
+from rlhfscale.study import tables as study
 
 pytest.importorskip("reasoning_gym", reason="make setup EXTRAS=smollm2")
 
@@ -161,7 +159,7 @@ def test_c1_policies_of_both_sizes_against_a_reward_model_of_either(project):
     found = finite(tables, ["sampled_exact", "gain", "gain_slope", "other_gain", "other_gain_slope"])
     assert found.loc["gain", "num_params"].tolist() == [shape(16).num_params, shape(32).num_params]
     assert len(study.training_metrics(P, made)) == 2 * 2 * RECIPE["ppo_updates"]
-    assert plots.policy_size(tables.runs, tables.summary)
+    assert style.policy_size(tables.runs, tables.summary)
     assert study.save(P, tables, {}, made, 1.0).parent.name == "tiny"  # a tier's own parameters
 
 
@@ -180,7 +178,7 @@ def test_c6_best_of_n_with_votes(project):
     found = finite(tables, ["best_of_n", "pass_at_n", "majority_vote", "early_minus_late_gain"])
     assert (found.loc["pass_at_n", "estimate"].diff().iloc[1:] >= 0).all()
     assert found.loc["majority_vote", "estimate"].nunique() > 1
-    assert plots.best_of_n(tables.runs, tables.summary)
+    assert style.best_of_n(tables.runs, tables.summary)
 
 
 def test_c3_training_data(project):
@@ -246,7 +244,7 @@ def test_a_policy_of_another_tokenizer_is_scored_as_its_answers_are(project):
     answers, expected = Answers.load(made[P.samples]), study.read_scores(made, spec)
     tokenizer = AutoTokenizer.from_pretrained(made[P.samples.model] / "model")
     inputs = {node.key: project.store.open(node.key) for node in (*policy.parents, *spec.parents)}
-    reward = language_stages._score(policy, inputs, answers.questions, tokenizer)
+    reward = chat_stages._score(policy, inputs, answers.questions, tokenizer)
     scores = (reward.score(answers.sequences(tokenizer)) * reward.std + reward.mean).reshape(expected.shape)
     assert spec.reward_model == policy.reward_model and not policy.shares_base
     assert np.corrcoef(scores.ravel(), expected.ravel())[0, 1] > 0.99 and expected.std() > 0
@@ -290,11 +288,11 @@ def test_large_models_are_trained_alike_with_less_memory(project, monkeypatch):
     """Block inputs alone are kept and few tokens computed together; the reward model comes out the same."""
     P, made = project.made("02_reward_model_size")
     spec = P.reward_model("small", 1)
-    monkeypatch.setattr(language, "LARGE", 1)
-    monkeypatch.setattr(language, "LARGE_TOKENS", 256)
+    monkeypatch.setattr(chat_specs, "LARGE", 1)
+    monkeypatch.setattr(chat_specs, "LARGE_TOKENS", 256)
     store = Store(project.store.root.with_name("large"))
     inputs = {parent.key: project.store.open(parent.key) for parent in spec.parents}
     with store.create(spec) as folder:
-        language_stages.answer_reward(spec, inputs, folder)
+        chat_stages.answer_reward(spec, inputs, folder)
     usual, large = (pd.read_csv(place / "train.csv") for place in (made[spec], store.open(spec.key)))
     np.testing.assert_allclose(large["loss"], usual["loss"], rtol=0.02)

@@ -6,20 +6,17 @@ import sys
 import pytest
 import yaml
 
-from rlhfscale import (
-    language,
-    language_stages,
-    params,
-    registry,  # noqa: F401  registers the figures
-)
-from rlhfscale.params import ParamsError
-from rlhfscale.paths import project_root
+from rlhfscale.bed.recipe import Recipe
+from rlhfscale.chat import reasoning
+from rlhfscale.chat import specs as chat_specs
+from rlhfscale.chat import stages as chat_stages
 from rlhfscale.planning import costs
 from rlhfscale.planning.hardware import hardware
-from rlhfscale.pool import PoolError
-from rlhfscale.recipe import Recipe
 from rlhfscale.rl import TRAINERS
-from rlhfscale.tasks import reasoning
+from rlhfscale.runs.paths import project_root
+from rlhfscale.runs.pool import PoolError
+from rlhfscale.study import params
+from rlhfscale.study.params import ParamsError
 
 pytest.importorskip("reasoning_gym", reason="make setup EXTRAS=smollm2")
 
@@ -46,7 +43,10 @@ def test_the_real_models_artifacts_keep_their_keys():
 
 
 def test_a_field_that_came_later_is_no_part_of_the_key_at_its_default():
-    plain, given = language.Chat(checkpoint="llama-3.1-8b"), language.Chat(checkpoint="llama-3.1-8b", precision="nf4")
+    plain, given = (
+        chat_specs.Chat(checkpoint="llama-3.1-8b"),
+        chat_specs.Chat(checkpoint="llama-3.1-8b", precision="nf4"),
+    )
     assert "precision" not in plain.describe()["fields"] and given.describe()["fields"]["precision"] == "nf4"
     assert plain.key != given.key
 
@@ -126,7 +126,7 @@ def test_bad_recipes_name_file_and_field(tmp_path, monkeypatch, name, value, wor
     values = params.read_yaml(ROOT / "params/paper/recipe.yaml") | {name: value}
     (tmp_path / "params" / "broken").mkdir(parents=True)
     (tmp_path / "params" / "broken" / "recipe.yaml").write_text(yaml.safe_dump(values))
-    monkeypatch.setattr("rlhfscale.recipe.project_root", lambda: tmp_path)
+    monkeypatch.setattr("rlhfscale.bed.recipe.project_root", lambda: tmp_path)
     with pytest.raises(ParamsError, match=r"^params/broken/recipe.yaml: ") as caught:
         Recipe.load("broken")
     assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in words)
@@ -140,17 +140,17 @@ def test_there_are_as_many_questions_as_a_tier_asks_for(tier):
         for name in ("01_policy_size", "06_best_of_n", "20_real_model")
         for spec in params.load(name, tier).specs()
         for part in spec.walk()
-        if isinstance(part, language.Answers) and part.split == "eval"
+        if isinstance(part, chat_specs.Answers) and part.split == "eval"
         for task in part.tasks
     }
     for task, count, seed in asked:
-        assert len(reasoning.questions(task, "eval", count, language_stages._entropy("eval", seed))) == count
+        assert len(reasoning.questions(task, "eval", count, chat_stages._entropy("eval", seed))) == count
 
 
 def test_a_plan_needs_neither_torch_nor_the_network():
     code = (
         "import socket, sys; socket.socket.connect = lambda *a: sys.exit('network');"
-        "from rlhfscale import registry, runner; from pathlib import Path; from rlhfscale.store import Store;"
+        "from rlhfscale import registry, runner; from pathlib import Path; from rlhfscale.runs.store import Store;"
         "figures = runner.load_figures('paper', [], Path('results'));"
         "todo = runner.plan(figures, Store(sys.argv[1]), 2);"
         "print(len(todo.to_run), 'torch' in sys.modules, 'transformers' in sys.modules)"

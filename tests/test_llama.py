@@ -9,10 +9,11 @@ from peft import get_peft_model
 
 import tiny
 import tiny_rl
-from rlhfscale import llama, lora, models, networks
-from rlhfscale.models import CRITIC, POLICY
-from rlhfscale.networks import REFERENCE
+from rlhfscale.models import llama, loading, lora
+from rlhfscale.models.loading import CRITIC, POLICY
+from rlhfscale.rl import networks
 from rlhfscale.rl.logprobs import token_logprobs
+from rlhfscale.rl.networks import REFERENCE
 from tiny_rl import language_model, ragged, relative
 
 FACTOR = 2.0
@@ -43,8 +44,8 @@ TARGETS = [("q_proj", "v_proj"), ("k_proj", "up_proj", "o_proj"), ("down_proj",)
 def pair(base, rank=4, targets="all-linear", compute_dtype=None):
     """Our networks, and plain PEFT with the same weights and adapters in float64 and in the model's precision."""
     targets = targets if isinstance(targets, str) else list(targets)
-    plain = get_peft_model(copy.deepcopy(base), models.lora_config(rank, 2.0 * rank, targets), adapter_name=POLICY)
-    plain.add_adapter(CRITIC, models.lora_config(rank, 2.0 * rank, targets))
+    plain = get_peft_model(copy.deepcopy(base), loading.lora_config(rank, 2.0 * rank, targets), adapter_name=POLICY)
+    plain.add_adapter(CRITIC, loading.lora_config(rank, 2.0 * rank, targets))
     ours = networks.build(
         base, critic="separate", rank=rank, alpha=2.0 * rank, targets=targets, compute_dtype=compute_dtype
     )
@@ -61,7 +62,7 @@ def of_peft(plain, ids, role, slope, autocast=False):
     plain.zero_grad()
     precision = torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext()
     with precision, plain.disable_adapter() if role == REFERENCE else nullcontext():
-        hidden = models.trunk(plain.base_model.model)(input_ids=ids, use_cache=False).last_hidden_state
+        hidden = loading.trunk(plain.base_model.model)(input_ids=ids, use_cache=False).last_hidden_state
     if role != REFERENCE:
         (hidden * slope.to(hidden.dtype)).sum().backward()
     return hidden.detach(), tiny_rl.gradients(plain)
@@ -199,7 +200,7 @@ def test_gradients_reach_the_embeddings_where_they_are_asked_for():
     grads = []
     for model in (ours.base, exact.base_model.model):
         model.get_input_embeddings().weight.requires_grad_(True)
-    for hidden in (ours.hidden(ids, POLICY), models.trunk(exact.base_model.model)(input_ids=ids).last_hidden_state):
+    for hidden in (ours.hidden(ids, POLICY), loading.trunk(exact.base_model.model)(input_ids=ids).last_hidden_state):
         (hidden * slope).sum().backward()
     for model in (ours.base, exact.base_model.model):
         grads.append(model.get_input_embeddings().weight.grad)
@@ -224,7 +225,7 @@ def test_merged_weights_follow_an_optimiser_step_and_a_load(dtype, tmp_path):
         with torch.no_grad():
             for role in (POLICY, CRITIC):
                 with run.networks.as_peft(role) as peft_model:
-                    trunk = models.trunk(peft_model.base_model.model)
+                    trunk = loading.trunk(peft_model.base_model.model)
                     expected = trunk(input_ids=ids, use_cache=False).last_hidden_state[mask]
                 found[role] = run.networks.hidden(ids, role)[mask]
                 assert relative(found[role], expected) < tolerance
@@ -260,7 +261,7 @@ def test_without_the_learners_note_they_would_be_stale(monkeypatch):
     if parameter._version != before:
         pytest.skip("this torch counts the fused optimiser's changes by itself")
     with torch.no_grad(), run.networks.as_peft(POLICY) as peft_model:
-        expected = models.trunk(peft_model.base_model.model)(input_ids=ids).last_hidden_state[mask]
+        expected = loading.trunk(peft_model.base_model.model)(input_ids=ids).last_hidden_state[mask]
     assert relative(run.networks.hidden(ids, POLICY)[mask], expected) > 0.01
 
 
@@ -352,7 +353,7 @@ def test_no_more_than_one_copy_of_the_base_is_alive():
 )
 def test_other_layers_are_not_fused_and_still_right(kind, changes):
     base = language_model(kind, **changes)
-    assert llama.fused(models.trunk(copy.deepcopy(base).requires_grad_(False))) is None
+    assert llama.fused(loading.trunk(copy.deepcopy(base).requires_grad_(False))) is None
     ours, exact, _ = pair(base)
     assert ours._fused is None
     ids, mask, slope = batch()
@@ -363,14 +364,14 @@ def test_other_layers_are_not_fused_and_still_right(kind, changes):
 
 
 def test_what_is_trained_in_part_and_half_precision_are_not_fused():
-    trunk = models.trunk(tiny.model())
+    trunk = loading.trunk(tiny.model())
     assert llama.fused(trunk) is not None
     trunk.norm.requires_grad_(False)
     assert llama.fused(trunk) is None
     assert llama.fused(trunk.requires_grad_(False)) is not None
     assert llama.fused(trunk.half()) is None
-    assert llama.fused(models.trunk(language_model(attention_bias=True).requires_grad_(True))) is None
-    assert llama.fused(models.trunk(language_model(attention_dropout=0.1).requires_grad_(False))) is None
+    assert llama.fused(loading.trunk(language_model(attention_bias=True).requires_grad_(True))) is None
+    assert llama.fused(loading.trunk(language_model(attention_dropout=0.1).requires_grad_(False))) is None
 
 
 # --- all weights trained ---
@@ -384,12 +385,12 @@ def test_gradients_of_all_weights_equal_transformers(kind):
     where = mask & (torch.rand(mask.shape, generator=torch.Generator().manual_seed(2)) < 0.4)
     form = llama.form_of(model)
     states = form.hidden_at(ids, where, None, mask.sum(1))
-    expected = models.trunk(exact)(input_ids=ids, use_cache=False).last_hidden_state[where]
+    expected = loading.trunk(exact)(input_ids=ids, use_cache=False).last_hidden_state[where]
     assert relative(states, expected) < 3e-6
     (states * slope[where]).sum().backward()
     (expected * slope[where]).sum().backward()
-    wanted = {name: parameter.grad for name, parameter in models.trunk(exact).named_parameters()}
-    for name, parameter in models.trunk(model).named_parameters():
+    wanted = {name: parameter.grad for name, parameter in loading.trunk(exact).named_parameters()}
+    for name, parameter in loading.trunk(model).named_parameters():
         assert relative(parameter.grad, wanted[name]) < 2e-5, name
 
 
@@ -402,7 +403,7 @@ def test_a_form_follows_its_weights(tmp_path):
     read = (ids, mask, None, mask.sum(1))
 
     def own():
-        return models.trunk(model)(input_ids=ids, use_cache=False).last_hidden_state[mask]
+        return loading.trunk(model)(input_ids=ids, use_cache=False).last_hidden_state[mask]
 
     first = llama.form_of(model)
     assert llama.form_of(model) is first
@@ -411,7 +412,7 @@ def test_a_form_follows_its_weights(tmp_path):
             parameter.add_(0.05 * torch.ones_like(parameter))
     assert llama.form_of(model) is first and relative(first.hidden_at(*read), own()) < 3e-6
     with torch.no_grad():
-        weight = models.trunk(model).layers[0].mlp.up_proj.weight
+        weight = loading.trunk(model).layers[0].mlp.up_proj.weight
         weight.data = weight.data * 2
     assert llama.form_of(model) is not first and relative(llama.form_of(model).hidden_at(*read), own()) < 3e-6
     model.requires_grad_(False)

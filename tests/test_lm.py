@@ -8,10 +8,11 @@ import pytest
 import torch
 
 import tiny
-from rlhfscale import lm, tasks
-from rlhfscale.data.demonstrations import demonstration_entropy, demonstration_nats, demonstrations, problem_list
-from rlhfscale.data.documents import bucketed_batches
-from rlhfscale.data.responses import decode
+from rlhfscale.bed import tasks
+from rlhfscale.bed.demonstrations import demonstration_entropy, demonstration_nats, demonstrations, problem_list
+from rlhfscale.bed.responses import decode
+from rlhfscale.models import lm
+from rlhfscale.models.documents import bucketed_batches
 
 
 def train(model, documents, seed=(0,), **options):

@@ -10,10 +10,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import tiny_rl
-from rlhfscale import lora, models, networks
-from rlhfscale.models import CRITIC, POLICY
-from rlhfscale.networks import REFERENCE
-from rlhfscale.rl import PPO
+from rlhfscale.models import loading, lora
+from rlhfscale.models.loading import CRITIC, POLICY
+from rlhfscale.rl import PPO, networks
+from rlhfscale.rl.networks import REFERENCE
 from tiny_rl import language_model, ragged, relative
 
 OTHERS = {
@@ -29,8 +29,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out", "ignore:The PEF
 
 def pair(base, rank=4, targets="all-linear"):
     """Our networks with random adapters, and plain PEFT with the same in another copy of the model."""
-    plain = get_peft_model(copy.deepcopy(base), models.lora_config(rank, 2.0 * rank, targets), adapter_name=POLICY)
-    plain.add_adapter(CRITIC, models.lora_config(rank, 2.0 * rank, targets))
+    plain = get_peft_model(copy.deepcopy(base), loading.lora_config(rank, 2.0 * rank, targets), adapter_name=POLICY)
+    plain.add_adapter(CRITIC, loading.lora_config(rank, 2.0 * rank, targets))
     ours = networks.build(base, critic="separate", rank=rank, alpha=2.0 * rank, targets=targets)
     tiny_rl.randomise(ours)
     plain.load_state_dict(ours.model.state_dict(), strict=True)
@@ -43,7 +43,7 @@ def of_peft(plain, ids, role, slope):
     with plain.disable_adapter() if role == REFERENCE else torch.enable_grad():
         if role != REFERENCE:
             plain.set_adapter(role)
-        hidden = models.trunk(plain.base_model.model)(input_ids=ids, use_cache=False).last_hidden_state
+        hidden = loading.trunk(plain.base_model.model)(input_ids=ids, use_cache=False).last_hidden_state
     if role != REFERENCE:
         (hidden * slope.to(hidden.dtype)).sum().backward()
     return hidden.detach(), tiny_rl.gradients(plain)
@@ -112,7 +112,7 @@ def test_outside_of_the_switch_layers_are_pefts_to_the_bit():
     ours.hidden(ids, POLICY)
     for role in (POLICY, CRITIC):
         with ours.as_peft(role) as model:
-            found = models.trunk(model.base_model.model)(input_ids=ids, use_cache=False).last_hidden_state
+            found = loading.trunk(model.base_model.model)(input_ids=ids, use_cache=False).last_hidden_state
         assert torch.equal(found, of_peft(plain, ids, role, slope)[0])
 
 
@@ -135,7 +135,7 @@ def test_gradients_equal_finite_differences(width, rank):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         block = nn.ModuleDict({"a": nn.Linear(width, 6), "b": nn.Linear(width, 4)})
-        config = models.lora_config(rank, 3.0, ["a"])
+        config = loading.lora_config(rank, 3.0, ["a"])
         model = get_peft_model(block, config, adapter_name=POLICY)
         projection = lora.Projection([block["a"], block["b"]])
         for matrix in projection.parameters(POLICY):
@@ -190,8 +190,8 @@ def cosine(a, b):
 @pytest.mark.parametrize("critic", ["trunk", "separate"])
 def test_gradients_of_ppo_on_4_bits_stay_right_after_sampling(folder, critic):
     """Against the same run on a dense copy of the same weights in float32, before and after updates."""
-    quantised = models.load_base(folder, "nf4")
-    assert models.is_quantised(quantised)
+    quantised = loading.load_base(folder, "nf4")
+    assert loading.is_quantised(quantised)
     dense = tiny_rl.trainer(PPO, base=dequantised(quantised), critic=critic)
     run = tiny_rl.trainer(PPO, base=quantised, critic=critic)
     assert run.networks._fused is not None
@@ -216,7 +216,7 @@ def peft_gradients(base, sampled):
     """LoRA gradients of plain PEFT on a base, after a forward pass as sampling makes it if ``sampled``."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = tiny_rl.randomise(get_peft_model(base, models.lora_config(4, 8.0))).eval()
+        model = tiny_rl.randomise(get_peft_model(base, loading.lora_config(4, 8.0))).eval()
     ids, mask, slope = batch(12, 24, 64)
     if sampled:
         with torch.no_grad():
@@ -228,7 +228,7 @@ def peft_gradients(base, sampled):
 
 @pytest.mark.parametrize("sampled", [False, True])
 def test_gradients_of_plain_peft_on_4_bits_are_right_behind_load_base(folder, sampled):
-    quantised = models.load_base(folder, "nf4")
+    quantised = loading.load_base(folder, "nf4")
     expected, hidden = peft_gradients(dequantised(quantised), False)
     found, other = peft_gradients(quantised, sampled)
     assert cosine(found, expected) > 0.999 and relative(other, hidden) < 0.03
@@ -241,7 +241,7 @@ def test_without_load_base_they_would_be_wrong(folder):
 
     if not has_avx512bf16():
         pytest.skip("this processor has no AVX512-BF16, for which bitsandbytes repacks 4-bit weights")
-    options = {"dtype": torch.bfloat16, "quantization_config": models._nf4()}
+    options = {"dtype": torch.bfloat16, "quantization_config": loading._nf4()}
     quantised = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
     expected, hidden = peft_gradients(dequantised(quantised), False)
     found, other = peft_gradients(quantised, True)
@@ -252,7 +252,7 @@ def test_without_load_base_they_would_be_wrong(folder):
 @pytest.mark.filterwarnings("ignore:bitsandbytes..gemv_4bit")
 def test_a_4_bit_model_that_has_sampled_before_is_trained_rightly_or_refused(folder):
     """Loaded without `load_base` and used, its weights may lie repacked in memory when the trainer gets them."""
-    options = {"dtype": torch.bfloat16, "quantization_config": models._nf4()}
+    options = {"dtype": torch.bfloat16, "quantization_config": loading._nf4()}
     quantised = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
     dense = dequantised(quantised)
     with torch.no_grad():
@@ -268,7 +268,7 @@ def test_a_4_bit_model_that_has_sampled_before_is_trained_rightly_or_refused(fol
 
 def test_layers_over_4_bits_that_are_not_fused_as_llama(folder):
     """The product alone, as on other architectures and on a GPU."""
-    quantised = models.load_base(folder, "nf4")
+    quantised = loading.load_base(folder, "nf4")
     dense = tiny_rl.randomise(networks.build(dequantised(quantised), critic="none", rank=4), std=0.1)
     ours = tiny_rl.randomise(networks.build(quantised, critic="none", rank=4), std=0.1)
     assert any(isinstance(module, lora.FusedLinear4bit) for module in ours.model.modules())
@@ -282,4 +282,4 @@ def test_layers_over_4_bits_that_are_not_fused_as_llama(folder):
 
 def test_all_weights_of_a_4_bit_base_cannot_be_trained(folder):
     with pytest.raises(ValueError, match="adapter: none trains all weights, which a 4-bit base cannot"):
-        tiny_rl.trainer(base=models.load_base(folder, "nf4"), adapter="none")
+        tiny_rl.trainer(base=loading.load_base(folder, "nf4"), adapter="none")

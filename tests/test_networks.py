@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 import tiny_rl
-from rlhfscale import models, networks
-from rlhfscale.models import CRITIC, POLICY
-from rlhfscale.networks import REFERENCE
-from rlhfscale.rl import GRPO, PPO
+from rlhfscale.models import loading
+from rlhfscale.models.loading import CRITIC, POLICY
+from rlhfscale.rl import GRPO, PPO, networks
+from rlhfscale.rl.networks import REFERENCE
 from tiny_rl import language_model, ragged, relative
 
 # --- what is refused ---
@@ -39,13 +39,13 @@ def test_a_target_that_matches_no_module_is_named_by_the_trainer():
 
 
 def test_a_model_with_adapters_is_refused():
-    peft_model = get_peft_model(tiny.model(), models.lora_config(4, 8.0))
+    peft_model = get_peft_model(tiny.model(), loading.lora_config(4, 8.0))
     with pytest.raises(ValueError, match="model: it already carries an adapter"):
         tiny_rl.trainer(base=peft_model)
 
 
 @pytest.mark.parametrize(
-    "inject", [lambda base: tiny_rl.trainer(base=base), lambda base: get_peft_model(base, models.lora_config(4, 8.0))]
+    "inject", [lambda base: tiny_rl.trainer(base=base), lambda base: get_peft_model(base, loading.lora_config(4, 8.0))]
 )
 def test_the_base_of_another_run_is_refused(inject):
     """Its adapters would be shared, or be part of the reference."""
@@ -79,7 +79,7 @@ def test_a_model_that_does_not_is_accepted(kind, changes, dtype):
 
 def of_plain(model, ids):
     with torch.no_grad():
-        return models.trunk(model)(input_ids=ids, use_cache=False).last_hidden_state
+        return loading.trunk(model)(input_ids=ids, use_cache=False).last_hidden_state
 
 
 @pytest.mark.parametrize("critic", ["trunk", "separate", "none"])
@@ -157,10 +157,10 @@ def test_merged_policy_equals_the_adapter():
 
 def test_the_fingerprint_is_of_the_base():
     base = tiny.model()
-    before = models.fingerprint(base)
+    before = loading.fingerprint(base)
     ours = tiny_rl.randomise(networks.build(base, critic="separate"))
-    assert ours.fingerprint == before == models.fingerprint(ours.base) == models.fingerprint(tiny.model())
-    assert len({before, models.fingerprint(tiny.model(seed=1)), models.fingerprint(language_model())}) == 3
+    assert ours.fingerprint == before == loading.fingerprint(ours.base) == loading.fingerprint(tiny.model())
+    assert len({before, loading.fingerprint(tiny.model(seed=1)), loading.fingerprint(language_model())}) == 3
 
 
 def test_an_adapted_output_head_is_refused():
@@ -177,7 +177,7 @@ def bases(tmp_path_factory):
     """Loads the same base in each precision."""
     folder = tmp_path_factory.mktemp("base")
     language_model(hidden_size=64, intermediate_size=128, num_key_value_heads=2, scale=2.0).save_pretrained(folder)
-    return lambda dtype: models.load_base(folder, dtype)
+    return lambda dtype: loading.load_base(folder, dtype)
 
 
 @pytest.mark.filterwarnings("ignore:The PEFT config's `base_model_name_or_path`")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.optim import _muon
 
-from rlhfscale.optim import BatchedMuon, orthogonalise
+from rlhfscale.models.optim import BatchedMuon, orthogonalise
 
 SHAPES = [(16, 16), (16, 16), (16, 16), (44, 16), (16, 44), (44, 16), (8, 24)]
 

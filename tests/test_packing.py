@@ -5,10 +5,10 @@ import pytest
 import torch
 
 import tiny_rl
-from rlhfscale import networks, packing
-from rlhfscale.models import CRITIC, POLICY
-from rlhfscale.networks import REFERENCE
-from rlhfscale.rl import GRPO, PPO
+from rlhfscale.models import packing
+from rlhfscale.models.loading import CRITIC, POLICY
+from rlhfscale.rl import GRPO, PPO, networks
+from rlhfscale.rl.networks import REFERENCE
 
 
 def sequences(prompts=4, responses=6, seed=0, longest=9):

@@ -6,8 +6,8 @@ import nbformat
 import pytest
 from pydantic import model_validator
 
-from rlhfscale import params
-from rlhfscale.params import FIGURES, FigureParams, ParamsError, check_notebook_parameters, field, load
+from rlhfscale.study import params
+from rlhfscale.study.params import FIGURES, FigureParams, ParamsError, check_notebook_parameters, field, load
 from toy_stages import ToyParams
 
 

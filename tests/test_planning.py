@@ -5,19 +5,22 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rlhfscale import ladder, language, lm, networks
+from rlhfscale.bed import ladder
+from rlhfscale.bed.demonstrations import demonstrations
+from rlhfscale.bed.recipe import Recipe
 from rlhfscale.bench.peers.protocol import counter
 from rlhfscale.bench.planned import idle_steps
-from rlhfscale.data.demonstrations import demonstrations
-from rlhfscale.data.documents import Documents
+from rlhfscale.chat import specs as chat_specs
+from rlhfscale.models import lm
+from rlhfscale.models.documents import Documents
+from rlhfscale.models.shapes import Shape
 from rlhfscale.planning import workloads
 from rlhfscale.planning.memory import Layout, peak
 from rlhfscale.planning.passes import Decode, Network, Pass, Rows, muon_flops
 from rlhfscale.planning.workloads import chain_lengths, rung_shape, workload
-from rlhfscale.recipe import Recipe
+from rlhfscale.rl import networks
 from rlhfscale.rl.logprobs import token_logprobs
 from rlhfscale.samplers import hf, request_seeds
-from rlhfscale.shapes import Shape
 
 SHAPE = Shape(layers=3, width=64, feed_forward=160, heads=4, kv_heads=2, head_width=16, vocab=101, tied=True)
 RANK = 4
@@ -163,15 +166,16 @@ def test_idle_steps_are_those_of_the_sampler():
 
 
 def test_a_plans_constants_are_the_stages_own():
-    from rlhfscale import language_stages, llama, packing
+    from rlhfscale.bed.stages import LOSS_POINTS
+    from rlhfscale.chat import stages as chat_stages
+    from rlhfscale.models import llama, packing
     from rlhfscale.planning import passes
     from rlhfscale.rewards import scorer
     from rlhfscale.rl import PPOConfig, logprobs
-    from rlhfscale.stages import LOSS_POINTS
 
-    assert (workloads.ANSWER_BATCH, workloads.GPU_BATCH) == (language_stages.BATCH, language_stages.GPU_BATCH)
+    assert (workloads.ANSWER_BATCH, workloads.GPU_BATCH) == (chat_stages.BATCH, chat_stages.GPU_BATCH)
     assert workloads.TOKENS_PER_PASS == scorer.TOKENS_PER_MICRO_BATCH == PPOConfig().max_tokens_per_pass
-    assert 1 / workloads.CALIBRATED_SHARE == language_stages.CALIBRATED
+    assert 1 / workloads.CALIBRATED_SHARE == chat_stages.CALIBRATED
     assert workloads.LOSS_POINTS == LOSS_POINTS
     assert (
         passes.CACHED_TOKENS == llama.CACHED_TOKENS
@@ -182,12 +186,12 @@ def test_a_plans_constants_are_the_stages_own():
 
 
 def test_every_kind_of_spec_can_be_planned():
-    from rlhfscale import specs
-    from rlhfscale.spec import Spec
+    from rlhfscale.bed import specs
+    from rlhfscale.runs.spec import Spec
 
     kinds = {
         kind
-        for module in (specs, language)
+        for module in (specs, chat_specs)
         for kind in vars(module).values()
         if isinstance(kind, type) and issubclass(kind, Spec) and "runner" in vars(kind)
     }

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from rlhfscale import language
+from rlhfscale.chat import specs as chat_specs
 from rlhfscale.cli import app
 from rlhfscale.planning.costs import DoesNotFit, Options, fitted, stage_cost
 from rlhfscale.planning.hardware import HARDWARE, OF_TIER, hardware
@@ -67,13 +67,13 @@ def test_impossible_graphs_are_refused():
         simulate({"a": Task(1, 1, ("b",)), "b": Task(1, 1, ("a",))}, 1)
 
 
-def tuned(checkpoint: str, precision: str = "bf16") -> language.Tuned:
-    chat = language.Chat(checkpoint=checkpoint, precision=precision)
-    answers = language.Answers(
+def tuned(checkpoint: str, precision: str = "bf16") -> chat_specs.Tuned:
+    chat = chat_specs.Chat(checkpoint=checkpoint, precision=precision)
+    answers = chat_specs.Answers(
         model=chat, split="train", tasks=("lcm",), num_prompts=400, num_samples=4, max_new_tokens=32, temperature=1,
         prompt_seed=0, seed=0,
     )  # fmt: skip
-    return language.Tuned(base=chat, data=answers, epochs=1, batch_size=16, lr=1e-4, lora_rank=16, seed=0)
+    return chat_specs.Tuned(base=chat, data=answers, epochs=1, batch_size=16, lr=1e-4, lora_rank=16, seed=0)
 
 
 def test_a_stage_takes_the_fewest_gpus_that_hold_it():

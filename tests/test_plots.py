@@ -4,8 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from rlhfscale import plots, plots_sweeps
-from rlhfscale.results import ResultsFolder
+from rlhfscale.study import plots_sweeps, style
+from rlhfscale.study.results import ResultsFolder
 
 RUNGS = {"r1": 25_000, "r2": 60_000, "r3": 150_000, "r4": 390_000, "r5": 1_000_000}
 SEEDS = range(5)
@@ -188,10 +188,10 @@ def test_figures_render_from_the_csv_files_alone(name, tmp_path):
     folder = ResultsFolder(name, "smoke", tmp_path)
     folder.write_runs(runs)
     folder.write_summary(summary)
-    module = plots if hasattr(plots, name) else plots_sweeps
+    module = style if hasattr(style, name) else plots_sweeps
     figure = getattr(module, name)(folder.read("runs.csv"), folder.read("summary.csv"))
     png, svg = folder.write_figure(figure)
-    assert figure.get_figwidth() == plots.WIDTH_IN
+    assert figure.get_figwidth() == style.WIDTH_IN
     assert not artists_outside(figure)
     assert png.stat().st_size > 20_000
     assert svg.stat().st_size > 20_000
@@ -201,13 +201,13 @@ def test_figures_render_from_the_csv_files_alone(name, tmp_path):
 
 def test_equal_tables_give_equal_bytes(tmp_path):
     folder = ResultsFolder("policy_size", "smoke", tmp_path)
-    first = [p.read_bytes() for p in folder.write_figure(plots.policy_size(*policy_size_tables()))]
-    second = [p.read_bytes() for p in folder.write_figure(plots.policy_size(*policy_size_tables()))]
+    first = [p.read_bytes() for p in folder.write_figure(style.policy_size(*policy_size_tables()))]
+    second = [p.read_bytes() for p in folder.write_figure(style.policy_size(*policy_size_tables()))]
     assert first == second
 
 
 def test_training_curves_draw_each_seed_and_the_mean(tmp_path):
-    figure = plots.training_curves(training_metrics())
+    figure = style.training_curves(training_metrics())
     ResultsFolder("curves", "smoke", tmp_path).write_figure(figure)
     assert len(figure.axes[0].lines) == len(RUNGS) * (len(SEEDS) + 1)
     assert not artists_outside(figure)
@@ -232,7 +232,7 @@ def test_captions_name_the_statistic_and_the_verdict():
 
 def test_policy_size_shows_every_seed_and_the_paired_gain():
     runs, summary = policy_size_tables()
-    figure = plots.policy_size(runs, summary)
+    figure = style.policy_size(runs, summary)
     left, right = figure.axes
     offsets = np.concatenate([c.get_offsets() for c in left.collections if len(c.get_offsets()) == 25])
     assert len(offsets) == 50
@@ -246,10 +246,10 @@ def test_policy_size_shows_every_seed_and_the_paired_gain():
 def test_a_missing_quantity_is_named():
     runs, summary = policy_size_tables()
     with pytest.raises(ValueError, match="gain_slope"):
-        plots.policy_size(runs, summary[summary["quantity"] != "gain_slope"])
+        style.policy_size(runs, summary[summary["quantity"] != "gain_slope"])
 
 
 def test_size_colors_are_spaced_by_the_log_of_the_size():
-    colors = plots.size_colors({"large": 1e6, "small": 1e4, "middle": 1e5})
+    colors = style.size_colors({"large": 1e6, "small": 1e4, "middle": 1e5})
     assert list(colors) == ["small", "middle", "large"]
-    assert colors == plots.size_colors({"small": 10, "middle": 100, "large": 1000})
+    assert colors == style.size_colors({"small": 10, "middle": 100, "large": 1000})

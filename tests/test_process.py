@@ -8,28 +8,29 @@ import torch
 from peft import PeftModel
 
 import tiny
-from rlhfscale import lm, models, tasks
-from rlhfscale.data.demonstrations import encode, encode_prompts, problem_list, token_ids
-from rlhfscale.data.responses import label
-from rlhfscale.ladder import EOS_ID
+from rlhfscale.bed import labels, rungs, tasks
+from rlhfscale.bed.demonstrations import encode, encode_prompts, problem_list, token_ids
+from rlhfscale.bed.ladder import EOS_ID
+from rlhfscale.bed.responses import label
+from rlhfscale.models import lm, loading
+from rlhfscale.models.sequences import Sequences
 from rlhfscale.rewards import OutcomeRewardModel, ProcessRewardModel, StepLabelled, labelled, metrics, process, scorer
 from rlhfscale.samplers.base import Completions
-from rlhfscale.sequences import Sequences
 from tiny_rewards import byte_scorer, byte_tokenizer, padded, random_head, used_weights
 
-TOKENIZER = models.build_tokenizer()
-STEP_IDS = labelled.study_step_ids()
+TOKENIZER = rungs.build_tokenizer()
+STEP_IDS = labels.step_ids()
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
-    models.save_model(tiny.model(), folder)
+    rungs.save_model(tiny.model(), folder)
     return folder
 
 
 def new_scorer(base):
-    return random_head(models.load_scorer(base, init_seed=0))
+    return random_head(loading.load_scorer(base, init_seed=0))
 
 
 def written(*responses, prompt="lists reverse rotate sort : b d a ="):
@@ -169,7 +170,7 @@ def test_labels_by_hand():
         "a d b ; d b": [1, 0, nan],
         "a d .": [0, nan, nan],
     }
-    data = StepLabelled.from_completions([PROBLEM], completions(*found), TOKENIZER)
+    data = labels.steps_of_completions([PROBLEM], completions(*found), TOKENIZER)
     np.testing.assert_array_equal(data.labels, np.array(list(found.values()), np.float32))
     assert data.sequences.responses[0] == "a d b ; d b a" and data.sequences.tokenizer is TOKENIZER
     assert data.sequences.prompts[0] == PROBLEM.prompt
@@ -186,16 +187,16 @@ def sampled(num_problems, seed, samples=2, slip=0.3):
 
 def test_labels_equal_the_verifiers_steps():
     problems, samples = sampled(30, 0)
-    data = StepLabelled.from_completions(problems, samples)
+    data = labels.steps_of_completions(problems, samples)
     responses = label(problems, samples)
     np.testing.assert_array_equal(np.nansum(data.labels, 1), responses.steps_right.reshape(-1))
     np.testing.assert_array_equal((~np.isnan(data.labels)).sum(1), responses.steps_written.reshape(-1))
-    same = StepLabelled.from_responses(problems, responses)
+    same = labels.steps_of_responses(problems, responses)
     np.testing.assert_array_equal(same.labels, data.labels)
     np.testing.assert_array_equal(same.sequences.ids, data.sequences.ids[:, : same.sequences.ids.shape[1]])
     assert data.sequences.ids[2, 1 : data.sequences.prompt_lengths[2]].tolist() == encode_prompts(problems)[1][1:]
     with pytest.raises(ValueError, match="60 responses are not a whole number of samples to each of 7 problems"):
-        StepLabelled.from_completions(problems[:7], samples)
+        labels.steps_of_completions(problems[:7], samples)
 
 
 def train(model, data, lora_rank=0, **options):
@@ -216,7 +217,7 @@ def planted(count, seed, steps=3):
 
 @pytest.mark.parametrize("lora_rank", [0, 4])
 def test_training_learns_which_steps_are_right(base, lora_rank):
-    model, records = train(models.load_scorer(base, init_seed=0), [planted(500, 0)], lora_rank)
+    model, records = train(loading.load_scorer(base, init_seed=0), [planted(500, 0)], lora_rank)
     assert records[0]["loss"] == pytest.approx(math.log(2)) and records[0].keys() == {"step", "loss", "accuracy"}
     assert records[-1]["accuracy"] > 0.9
     held_out = planted(200, 1)
@@ -234,7 +235,7 @@ def test_noisy_labels_give_calibrated_probabilities(base):
     for part, seed in ((data, 2), (held_out, 3)):
         draws = np.random.default_rng(seed).random(part.labels.shape)
         part.labels[:] = np.where(np.isnan(part.labels), np.nan, draws < np.where(part.labels == 1, 0.8, 0.3))
-    model, _ = train(models.load_scorer(base, init_seed=0), [data], lora_rank=4, epochs=2)
+    model, _ = train(loading.load_scorer(base, init_seed=0), [data], lora_rank=4, epochs=2)
     probabilities = np.concatenate(ProcessRewardModel(model, TOKENIZER, STEP_IDS).step_scores(held_out.sequences))
     found = metrics.calibration(probabilities, held_out.labels[~np.isnan(held_out.labels)])
     assert found.expected_error < 0.08 and probabilities.std() > 0.15
@@ -281,7 +282,7 @@ def test_responses_without_labels_are_left_out(base):
 
 @pytest.mark.parametrize("merge", [False, True])
 def test_a_saved_process_reward_model_is_the_same(base, tmp_path, merge):
-    start = models.load_scorer(base, init_seed=0)
+    start = loading.load_scorer(base, init_seed=0)
     start.name_or_path = start.config.name_or_path = str(base)
     model, _ = train(start, [planted(64, 0)], lora_rank=2, merge=False)
     reward, data = ProcessRewardModel(model, TOKENIZER, STEP_IDS, "min"), written(*RESPONSES)
@@ -295,7 +296,7 @@ def test_a_saved_process_reward_model_is_the_same(base, tmp_path, merge):
     if merge:
         np.testing.assert_allclose(loaded.score(data), expected, rtol=1e-4, atol=1e-5)
     else:
-        plain = PeftModel.from_pretrained(models.load_scorer(base, init_seed=9), tmp_path)
+        plain = PeftModel.from_pretrained(loading.load_scorer(base, init_seed=9), tmp_path)
         assert tiny.equal(used_weights(plain), used_weights(model))
         np.testing.assert_array_equal(loaded.score(data), expected)
     found = loaded.normalised().score(data)
@@ -312,7 +313,7 @@ def test_one_kind_of_reward_model_is_not_loaded_as_the_other(base, tmp_path):
 
 
 def test_a_bfloat16_model_is_trained_and_scored(base):
-    model = models.load_base(base, "bf16", head="score", local_files_only=True)
+    model = loading.load_base(base, "bf16", head="score", local_files_only=True)
     model, records = train(random_head(model), [planted(64, 0)], lora_rank=2, merge=False)
     found = ProcessRewardModel(model, TOKENIZER, STEP_IDS).score(written(*RESPONSES))
     assert np.isfinite([record["loss"] for record in records]).all() and found.std() > 1e-3

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 import published
-from rlhfscale.paths import project_root
+from rlhfscale.runs.paths import project_root
 
 SHARED = Path(os.environ.get("RLHFSCALE_SHARED") or project_root().parent / "shared")
 BENCHMARKS = SHARED / "benchmarks"

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from rlhfscale import ray_team
-from rlhfscale.ray_pool import RayError, RayPool
-from rlhfscale.spec import Needs
-from rlhfscale.store import Store
+from rlhfscale.runs import ray_team
+from rlhfscale.runs.ray_pool import RayError, RayPool
+from rlhfscale.runs.spec import Needs
+from rlhfscale.runs.store import Store
 from test_grid import alive, diamond, drive, lines, many, no_half_artifact, quiet, run
 from toy_stages import Number, Together, Total, read
 
@@ -189,7 +189,7 @@ def test_gpus_that_no_machine_has_are_named_and_waited_for(cluster, tmp_path, mo
 
 
 def test_a_store_that_a_machine_cannot_see_is_refused(cluster, tmp_path, monkeypatch):
-    from rlhfscale import ray_pool
+    from rlhfscale.runs import ray_pool
 
     monkeypatch.setattr(ray_pool, "_sees", lambda probe: False)
     with pytest.raises(RayError, match=f"cannot see the store {tmp_path}"):
@@ -212,7 +212,7 @@ def test_machines_that_share_nothing_but_a_url(cluster, tmp_path, tmp_path_facto
 
 
 def test_a_machine_that_cannot_use_the_url_is_named(cluster, tmp_path, monkeypatch):
-    from rlhfscale import ray_pool
+    from rlhfscale.runs import ray_pool
 
     monkeypatch.setenv("RLHFSCALE_CACHE", str(tmp_path / "driver"))
     monkeypatch.setattr(ray_pool, "_cannot_write", lambda location: f"store {location}: no credentials")
@@ -222,7 +222,7 @@ def test_a_machine_that_cannot_use_the_url_is_named(cluster, tmp_path, monkeypat
 
 def test_an_address_without_a_cluster_is_an_error_in_words(tmp_path):
     pytest.importorskip("ray", reason="Ray is not installed: make setup EXTRAS=ray")
-    code = "from rlhfscale.ray_pool import *; from rlhfscale.store import Store; import sys\n"
+    code = "from rlhfscale.runs.ray_pool import *; from rlhfscale.runs.store import Store; import sys\n"
     code += "try: RayPool(Store(sys.argv[1]), '127.0.0.1:1', 1)\nexcept RayError as error: print('refused:', error)"
     start = time.monotonic()
     found = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120)

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from rlhfscale.data.answers import Answers, Verifier
+from rlhfscale.chat import reasoning
+from rlhfscale.chat.answers import Answers, Verifier
+from rlhfscale.chat.reasoning import Question
+from rlhfscale.models.sequences import Sequences
 from rlhfscale.samplers import Completions
-from rlhfscale.sequences import Sequences
-from rlhfscale.tasks import reasoning
-from rlhfscale.tasks.reasoning import Question
 
 pytest.importorskip("reasoning_gym", reason="make setup EXTRAS=smollm2")
 

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from rlhfscale import grid, remote, worker
-from rlhfscale.paths import store_root
-from rlhfscale.remote import MANIFEST, Remote, StoreError
-from rlhfscale.store import Store
+from rlhfscale.runs import grid, remote, worker
+from rlhfscale.runs.paths import store_root
+from rlhfscale.runs.remote import MANIFEST, Remote, StoreError
+from rlhfscale.runs.store import Store
 from test_grid import diamond, lines, no_half_artifact, quiet, run
 from toy_stages import Number, Total, read
 

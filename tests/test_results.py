@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from rlhfscale import results
-from rlhfscale.results import ResultsFolder, summary_row
-from rlhfscale.stats.bootstrap import Interval
+from rlhfscale.stats.bootstrap import Interval, summary_row
+from rlhfscale.study import results
+from rlhfscale.study.results import ResultsFolder
 
 
 def runs_table():

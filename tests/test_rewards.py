@@ -25,27 +25,28 @@ from transformers import (
 )
 
 import tiny
-from rlhfscale import lm, models
-from rlhfscale.data.demonstrations import token_ids
-from rlhfscale.data.documents import pad
-from rlhfscale.data.responses import Responses
-from rlhfscale.ladder import EOS_ID, PAD_ID
+from rlhfscale.bed import labels, rungs
+from rlhfscale.bed.demonstrations import token_ids
+from rlhfscale.bed.ladder import EOS_ID, PAD_ID
+from rlhfscale.bed.responses import Responses
+from rlhfscale.models import lm, loading
+from rlhfscale.models.documents import pad
+from rlhfscale.models.sequences import Sequences
 from rlhfscale.rewards import Labelled, Normalised, OutcomeRewardModel, labelled, losses, outcome, scorer
-from rlhfscale.sequences import Sequences
 from tiny_rewards import LLAMA_LIKE, SMALL, byte_scorer, byte_tokenizer, padded, random_head, used_weights
 
-TOKENIZER = models.build_tokenizer()
+TOKENIZER = rungs.build_tokenizer()
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
-    models.save_model(tiny.model(), folder)
+    rungs.save_model(tiny.model(), folder)
     return folder
 
 
 def new_scorer(base, seed=0):
-    return random_head(models.load_scorer(base, init_seed=seed), seed)
+    return random_head(loading.load_scorer(base, init_seed=seed), seed)
 
 
 def sequences(count, seed=0, tokenizer=None):
@@ -62,7 +63,7 @@ READOUTS = pytest.mark.parametrize("readout", ["last", "sum"])
 
 
 def test_scores_equal_transformers_sequence_classification(base, tmp_path):
-    models.save_model(new_scorer(base), tmp_path)
+    rungs.save_model(new_scorer(base), tmp_path)
     theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=1).eval()
     data = sequences(30)
     ids = torch.from_numpy(data.ids)
@@ -158,7 +159,7 @@ def test_scores_do_not_depend_on_padding_or_batch(base, readout):
 @READOUTS
 def test_a_tokenizer_whose_pad_is_its_end_of_sequence(base, readout):
     """As SmolLM2's: the end of sequence is still read, where transformers' own pooling would skip it."""
-    tokenizer = models.build_tokenizer()
+    tokenizer = rungs.build_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
     model, data = new_scorer(base), sequences(30)
     with_pad_eos = padded(data, data.ids.shape[1] + 3, EOS_ID)
@@ -230,7 +231,7 @@ def spy(forward, computed):
 @READOUTS
 @pytest.mark.parametrize("lora_rank", [0, 3])
 def test_micro_batched_loss_and_gradients_equal_the_full_batchs(base, readout, lora_rank):
-    data = Labelled.from_responses(planted(12, 0))
+    data = labels.labelled(planted(12, 0))
     model = scorer.prepare(new_scorer(base), lora_rank, False, np.random.default_rng(0))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -255,7 +256,7 @@ def test_micro_batched_loss_and_gradients_equal_the_full_batchs(base, readout, l
 
 
 def test_a_new_scorer_scores_everything_alike(base):
-    assert not scores_of(models.load_scorer(base, init_seed=0), sequences(10)).any()
+    assert not scores_of(loading.load_scorer(base, init_seed=0), sequences(10)).any()
 
 
 def test_no_sequences_have_no_scores(base):
@@ -284,7 +285,7 @@ def test_bad_options_are_refused(base, options, message):
 
 
 def test_a_reward_model_that_says_nothing_is_not_calibrated(base):
-    reward = OutcomeRewardModel(models.load_scorer(base, init_seed=0))
+    reward = OutcomeRewardModel(loading.load_scorer(base, init_seed=0))
     with pytest.raises(ValueError, match="the same score"):
         reward.calibrate(reward.score(sequences(10)))
 
@@ -323,7 +324,7 @@ def test_a_bare_model_folder_is_no_reward_model(base):
 @pytest.fixture(scope="module")
 def adapted(base):
     """A reward model with trained adapters, not merged."""
-    model = models.load_scorer(base, init_seed=0)
+    model = loading.load_scorer(base, init_seed=0)
     model.name_or_path = model.config.name_or_path = str(base)
     return train(model, 4, [planted(60, 0)], readout="sum", merge=False)[0]
 
@@ -339,24 +340,24 @@ def test_adapters_are_saved_as_a_plain_peft_folder_with_their_head(base, adapted
     files = {file.name for file in tmp_path.iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors", "reward.json", "tokenizer.json"} <= files
     assert "model.safetensors" not in files and not any(file.is_dir() for file in tmp_path.iterdir())
-    plain = PeftModel.from_pretrained(models.load_scorer(base, init_seed=3), tmp_path)
+    plain = PeftModel.from_pretrained(loading.load_scorer(base, init_seed=3), tmp_path)
     assert tiny.equal(used_weights(plain), used_weights(adapted))
     np.testing.assert_array_equal(scores_of(plain, data, "sum"), expected)
     loaded = OutcomeRewardModel.load(tmp_path)  # the base is found where the adapters say
     assert tiny.equal(used_weights(loaded.model), used_weights(adapted))
     np.testing.assert_array_equal(loaded.score(data), expected)
     assert (loaded.readout, loaded.mean, loaded.std) == ("sum", reward.mean, reward.std)
-    given = OutcomeRewardModel.load(tmp_path, models.load_scorer(base, init_seed=4))
+    given = OutcomeRewardModel.load(tmp_path, loading.load_scorer(base, init_seed=4))
     np.testing.assert_array_equal(given.score(data), expected)
 
 
 def test_transformers_own_forward_pass_of_the_peft_folder_scores_the_same(base, tmp_path):
-    model = models.load_scorer(base, init_seed=0)
+    model = loading.load_scorer(base, init_seed=0)
     trained, _ = train(model, 4, [planted(60, 0)], merge=False)
     data = sequences(30)
     reward = OutcomeRewardModel(trained)
     reward.save(tmp_path)
-    plain = PeftModel.from_pretrained(models.load_scorer(base, init_seed=3), tmp_path).eval()
+    plain = PeftModel.from_pretrained(loading.load_scorer(base, init_seed=3), tmp_path).eval()
     ids = torch.from_numpy(data.ids)
     with torch.no_grad():
         theirs = plain(input_ids=ids, attention_mask=(ids != PAD_ID).long()).logits[:, 0].numpy()
@@ -375,7 +376,7 @@ def test_adapters_are_merged_on_request(adapted, tmp_path):
 
 
 def test_an_adapter_of_any_name_is_saved_into_the_folder_itself(base, tmp_path):
-    config = models.lora_config(2, 4.0)
+    config = loading.lora_config(2, 4.0)
     config.modules_to_save = ["score"]
     model = PeftModel(new_scorer(base), config, adapter_name="judge")
     expected = scores_of(model, sequences(10))
@@ -423,7 +424,7 @@ def test_another_tokenizer_gets_the_text(readout, pad_is_eos):
 
 
 def test_equal_tokenizers_pass_the_ids_through(base, monkeypatch):
-    other = models.build_tokenizer()
+    other = rungs.build_tokenizer()
     other.pad_token = other.eos_token  # padding is never looked at
     model, data = new_scorer(base), sequences(10, tokenizer=other)
     expected = scores_of(new_scorer(base), sequences(10))
@@ -434,9 +435,9 @@ def test_equal_tokenizers_pass_the_ids_through(base, monkeypatch):
 
 
 def test_which_tokenizers_are_equal():
-    swapped = models.build_tokenizer()
+    swapped = rungs.build_tokenizer()
     swapped.eos_token = "="
-    assert scorer.same_tokens(TOKENIZER, models.build_tokenizer())
+    assert scorer.same_tokens(TOKENIZER, rungs.build_tokenizer())
     assert not scorer.same_tokens(TOKENIZER, swapped)
     assert not scorer.same_tokens(TOKENIZER, byte_tokenizer())
 
@@ -491,11 +492,11 @@ def train(model, lora_rank, data=None, readout="last", **options):
 @READOUTS
 @pytest.mark.parametrize("lora_rank", [0, 4])
 def test_training_learns_a_planted_preference(base, lora_rank, readout):
-    model, records = train(models.load_scorer(base, init_seed=0), lora_rank, readout=readout)
+    model, records = train(loading.load_scorer(base, init_seed=0), lora_rank, readout=readout)
     assert records[0]["loss"] == pytest.approx(math.log(2)) and records[0]["accuracy"] == 0.5  # the head starts as zero
     assert records[0].keys() == {"step", "loss", "accuracy"}
     held_out = planted(100, 2)
-    scores = OutcomeRewardModel(model, None, readout).score_responses(held_out)
+    scores = labels.scores_of(OutcomeRewardModel(model, None, readout), held_out)
     assert np.nanmean(outcome.pair_accuracy(scores, held_out.gold)) > 0.9
     assert records[-1]["accuracy"] > 0.85
     assert not model.training and not any("lora" in name for name, _ in model.named_parameters())
@@ -503,35 +504,35 @@ def test_training_learns_a_planted_preference(base, lora_rank, readout):
 
 @pytest.mark.parametrize("lora_rank", [0, 4])
 def test_training_learns_planted_correctness(base, lora_rank):
-    model, records = train(models.load_scorer(base, init_seed=0), lora_rank, loss="pointwise")
+    model, records = train(loading.load_scorer(base, init_seed=0), lora_rank, loss="pointwise")
     assert records[0]["loss"] == pytest.approx(math.log(2)) and records[0].keys() == {"step", "loss", "accuracy"}
     held_out = planted(100, 2)
-    scores = OutcomeRewardModel(model).score_responses(held_out)
+    scores = labels.scores_of(OutcomeRewardModel(model), held_out)
     assert ((scores > 0) == held_out.exact).mean() > 0.9
     assert records[-1]["accuracy"] > 0.85
 
 
 def test_training_on_both_tasks_in_one_batch_learns_both(base):
     """Half of the prompts have comparisons only, the other half correctness only."""
-    compared, graded = (Labelled.from_responses(planted(160, seed)) for seed in (0, 1))
+    compared, graded = (labels.labelled(planted(160, seed)) for seed in (0, 1))
     compared = Labelled(compared.sequences, compared.group, compared.gold, np.full(640, np.nan, np.float32))
     graded = Labelled(graded.sequences, graded.group, np.full(640, np.nan, np.float32), graded.correct)
     data = Labelled.concat([compared, graded])
     assert len(np.unique(data.group)) == 320
-    model, records = train(models.load_scorer(base, init_seed=0), 0, [data], loss="both")
+    model, records = train(loading.load_scorer(base, init_seed=0), 0, [data], loss="both")
     assert records[0].keys() == {"step", "loss", "accuracy", "label_accuracy"}
     assert records[0]["loss"] == pytest.approx(2 * math.log(2))
     held_out = planted(100, 2)
-    scores = OutcomeRewardModel(model).score_responses(held_out)
+    scores = labels.scores_of(OutcomeRewardModel(model), held_out)
     assert np.nanmean(outcome.pair_accuracy(scores, held_out.gold)) > 0.9
     assert ((scores > 0) == held_out.exact).mean() > 0.85
 
 
 def test_data_sets_of_one_task_each_are_trained_in_turn(base):
-    compared, graded = (Labelled.from_responses(planted(16, seed)) for seed in (0, 1))
+    compared, graded = (labels.labelled(planted(16, seed)) for seed in (0, 1))
     compared = Labelled(compared.sequences, compared.group, compared.gold, np.full(64, np.nan, np.float32))
     graded = Labelled(graded.sequences, graded.group, np.full(64, np.nan, np.float32), graded.correct)
-    _, records = train(models.load_scorer(base, init_seed=0), 0, [compared, graded], loss="both", epochs=1)
+    _, records = train(loading.load_scorer(base, init_seed=0), 0, [compared, graded], loss="both", epochs=1)
     found = {(math.isnan(record["accuracy"]), math.isnan(record["label_accuracy"])) for record in records}
     assert found == {(True, False), (False, True)}
 
@@ -539,7 +540,7 @@ def test_data_sets_of_one_task_each_are_trained_in_turn(base):
 @READOUTS
 def test_score_responses_scores_prompt_and_response(base, readout):
     model, responses = new_scorer(base), planted(6, 5)
-    found = OutcomeRewardModel(model, TOKENIZER, readout).score_responses(responses)
+    found = labels.scores_of(OutcomeRewardModel(model, TOKENIZER, readout), responses)
     for p, s in np.ndindex(found.shape):
         prompt = responses.prompt_ids[p, : responses.prompt_lengths[p]].tolist()
         response = responses.response_ids[p, s, : responses.response_lengths[p, s]].tolist()
@@ -555,8 +556,8 @@ def test_adapters_leave_the_trunk_alone_until_they_are_folded_in(base, monkeypat
         return merge(self, *args, **options)
 
     monkeypatch.setattr(LoraModel, "merge_and_unload", spy)
-    before = tiny.weights(models.load_scorer(base, init_seed=0))
-    model, _ = train(models.load_scorer(base, init_seed=0), lora_rank=4, epochs=1)
+    before = tiny.weights(loading.load_scorer(base, init_seed=0))
+    model, _ = train(loading.load_scorer(base, init_seed=0), lora_rank=4, epochs=1)
     trunk = {name.replace(".base_layer", ""): w for name, w in at_the_end.items() if "lora" not in name}
     trunk = {name: w for name, w in trunk.items() if not name.startswith("score")}
     assert tiny.equal(trunk, {name: w for name, w in before.items() if not name.startswith("score")})
@@ -566,18 +567,18 @@ def test_adapters_leave_the_trunk_alone_until_they_are_folded_in(base, monkeypat
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved == {name for name in before if name.endswith("_proj.weight") or name == "score.weight"}
     # the trained head, kept by `modules_to_save`, is the one that is saved
-    models.save_model(model, tmp_path)
+    rungs.save_model(model, tmp_path)
     data = sequences(20)
     expected = scores_of(model, data)
     assert expected.std() > 1e-3
-    np.testing.assert_allclose(scores_of(models.load_scorer(tmp_path), data), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(scores_of(loading.load_scorer(tmp_path), data), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("lora_rank", [0, 2])
 def test_training_is_decided_by_its_seed(base, lora_rank):
     data = [planted(40, 0)]
     runs = [
-        tiny.weights(train(models.load_scorer(base, init_seed=0), lora_rank, data, epochs=1, seed=(seed,))[0])
+        tiny.weights(train(loading.load_scorer(base, init_seed=0), lora_rank, data, epochs=1, seed=(seed,))[0])
         for seed in (0, 0, 1)
     ]
     assert tiny.equal(runs[0], runs[1]) and not tiny.equal(runs[0], runs[2])
@@ -635,7 +636,7 @@ def test_training_goes_on_from_a_frozen_reward_model(base):
 
 @pytest.mark.parametrize("lora_rank", [0, 4])
 def test_a_bfloat16_model_is_trained_scored_and_saved(base, tmp_path, lora_rank):
-    model = models.load_base(base, "bf16", head="score", local_files_only=True)
+    model = loading.load_base(base, "bf16", head="score", local_files_only=True)
     torch.nn.init.zeros_(model.score.weight)
     data = sequences(20)
     assert outcome.sequence_scores(model, data, "sum").dtype == torch.float32
@@ -647,7 +648,7 @@ def test_a_bfloat16_model_is_trained_scored_and_saved(base, tmp_path, lora_rank)
     trunk, head = scorer.trunk_and_head(trained)
     assert next(trunk.parameters()).dtype == torch.bfloat16 and next(head.parameters()).dtype == torch.float32
     reward.save(tmp_path)
-    again = models.load_base(base if lora_rank else tmp_path, "bf16", head="score", local_files_only=True)
+    again = loading.load_base(base if lora_rank else tmp_path, "bf16", head="score", local_files_only=True)
     loaded = OutcomeRewardModel.load(tmp_path, again)
     if lora_rank:  # the head lies in float32 beside the adapters; loaded with all weights in bfloat16 it is rounded
         assert tiny.equal(used_weights(loaded.model), used_weights(trained))
@@ -665,9 +666,9 @@ def repeated(num_prompts, seed):
 @READOUTS
 def test_equal_responses_have_equal_scores(base, readout):
     data = repeated(20, 3)
-    scores = OutcomeRewardModel(new_scorer(base), None, readout).score_responses(data)
+    scores = labels.scores_of(OutcomeRewardModel(new_scorer(base), None, readout), data)
     np.testing.assert_array_equal(scores[:, 2], scores[:, 0])
-    plain = outcome.sequence_scores(new_scorer(base), labelled.response_sequences(data), readout)
+    plain = outcome.sequence_scores(new_scorer(base), labels.sequences_of(data), readout)
     np.testing.assert_allclose(scores.reshape(-1), plain.detach(), atol=2e-5)
 
 
@@ -684,7 +685,7 @@ def test_equal_tokens_split_otherwise_are_not_the_same_sequence(base):
 def test_training_on_equal_responses_counts_each_of_them(base):
     """Its first step's gradient against one without sharing their computation."""
     data, model, seen = repeated(8, 3), new_scorer(base), []
-    scores = outcome.sequence_scores(model, labelled.response_sequences(data), "last").view(8, 4)
+    scores = outcome.sequence_scores(model, labels.sequences_of(data), "last").view(8, 4)
     loss = losses.bradley_terry(scores, torch.from_numpy(data.gold))
     (expected,) = torch.autograd.grad(loss, model.score.weight)
     model.score.weight.register_hook(seen.append)
@@ -696,9 +697,7 @@ def test_a_batch_holds_each_informative_prompt_once_per_epoch():
     data = [planted(37, 0), planted(20, 1)]
     data[0].gold[:5] = 0.5  # nothing to compare
     seen = []
-    for batch in outcome.batches_of(
-        [Labelled.from_responses(part) for part in data], 8, "pairs", np.random.default_rng(0)
-    ):
+    for batch in outcome.batches_of([labels.labelled(part) for part in data], 8, "pairs", np.random.default_rng(0)):
         rows, ids = np.arange(len(batch)), batch.sequences.ids
         assert len(batch) % 4 == 0 and len(batch) // 4 <= 8
         np.testing.assert_array_equal(batch.group, np.repeat(np.arange(len(batch) // 4), 4))
@@ -738,14 +737,14 @@ def test_batches_hold_the_responses_that_the_loss_can_use(loss, expected):
 def test_groups_are_bucketed_by_their_longest_sequence(monkeypatch):
     seen, data = [], planted(20, 0)
     monkeypatch.setattr(outcome, "bucketed_batches", lambda lengths, *args: seen.append(lengths) or [])
-    list(outcome.batches_of([Labelled.from_responses(data)], 4, "both", np.random.default_rng(0)))
+    list(outcome.batches_of([labels.labelled(data)], 4, "both", np.random.default_rng(0)))
     np.testing.assert_array_equal(seen[0], data.sequences()[1].max(1))
 
 
 def test_a_data_set_with_nothing_to_learn_beside_another_is_left_out(base):
     empty, data = planted(10, 0), planted(8, 1)
     empty.gold[:] = 0.5
-    nothing = Labelled.from_responses(data)[np.array([], int)]
+    nothing = labels.labelled(data)[np.array([], int)]
     assert not len(nothing.compared())
     runs = [train(new_scorer(base), 0, parts, epochs=1)[1] for parts in ([data], [empty, data, nothing])]
     assert len(runs[0]) == len(runs[1]) == 1
@@ -770,7 +769,7 @@ def test_labelled_texts():
 
 def test_labels_of_responses():
     responses = planted(5, 0)
-    data = Labelled.from_responses(responses, TOKENIZER)
+    data = labels.labelled(responses, TOKENIZER)
     assert len(data) == 20 and data.group.tolist() == np.repeat(np.arange(5), 4).tolist()
     np.testing.assert_array_equal(data.gold.reshape(5, 4), responses.gold)
     np.testing.assert_array_equal(data.correct.reshape(5, 4), responses.exact)
@@ -810,7 +809,7 @@ def test_bad_texts_are_named():
 
 
 def test_divergence_names_the_step(base):
-    model = models.load_scorer(base, init_seed=0)
+    model = loading.load_scorer(base, init_seed=0)
     with torch.no_grad():
         model.score.weight[0, 0] = float("nan")
     with pytest.raises(lm.Diverged, match="step 0: reward-model loss is nan"):
@@ -821,11 +820,11 @@ def test_data_without_a_comparison_is_refused(base):
     data = planted(10, 0)
     data.gold[:] = 0.5
     with pytest.raises(ValueError, match="no prompt .* unequal gold"):
-        train(models.load_scorer(base, init_seed=0), 0, [data])
-    train(models.load_scorer(base, init_seed=0), 0, [data], loss="pointwise", epochs=1)
+        train(loading.load_scorer(base, init_seed=0), 0, [data])
+    train(loading.load_scorer(base, init_seed=0), 0, [data], loss="pointwise", epochs=1)
     unlabelled = Labelled.from_pairs([("lists =", "a", "b")], TOKENIZER)
     with pytest.raises(ValueError, match="no prompt has a correctness label"):
-        train(models.load_scorer(base, init_seed=0), 0, [unlabelled], loss="pointwise")
+        train(loading.load_scorer(base, init_seed=0), 0, [unlabelled], loss="pointwise")
 
 
 @pytest.mark.parametrize(
@@ -844,7 +843,7 @@ def test_data_without_a_comparison_is_refused(base):
     ],
 )
 def test_bad_training_options_are_refused_before_any_computation(base, monkeypatch, options, message):
-    model = models.load_scorer(base, init_seed=0)
+    model = loading.load_scorer(base, init_seed=0)
     monkeypatch.setattr(model.model, "forward", lambda *args, **options: pytest.fail("computed"))
     with pytest.raises(ValueError, match=message):
         train(model, 0, [planted(4, 0)], **options)
@@ -853,20 +852,20 @@ def test_bad_training_options_are_refused_before_any_computation(base, monkeypat
 @pytest.fixture
 def nf4(base):
     pytest.importorskip("bitsandbytes")
-    return lambda: models.load_base(base, "nf4", head="score", local_files_only=True)
+    return lambda: loading.load_base(base, "nf4", head="score", local_files_only=True)
 
 
 def test_gradients_of_a_4_bit_model_are_those_of_its_dequantised_weights(base, nf4):
     """Also after it has scored, which would make bitsandbytes repack the weights for a kernel without gradient."""
     from bitsandbytes.functional import dequantize_4bit
 
-    data, model = Labelled.from_responses(planted(8, 0)), random_head(nf4())
+    data, model = labels.labelled(planted(8, 0)), random_head(nf4())
     layers = [layer for layer in model.modules() if hasattr(layer, "support_avx512bf16_for_cpu")]
     for layer in layers:
         layer.support_avx512bf16_for_cpu = True  # as on such a processor, where nobody has turned it off
     OutcomeRewardModel(model).score(data.sequences)
     assert layers and not any(layer.support_avx512bf16_for_cpu for layer in layers)
-    reference = models.load_base(base, "bf16", head="score", local_files_only=True)
+    reference = loading.load_base(base, "bf16", head="score", local_files_only=True)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             state = getattr(parameter, "quant_state", None)

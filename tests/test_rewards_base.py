@@ -9,11 +9,12 @@ import pytest
 import torch
 
 import tiny
-from rlhfscale import models
+from rlhfscale.bed import rungs
+from rlhfscale.models import loading
+from rlhfscale.models.sequences import Sequences
 from rlhfscale.rewards import Ensemble, Mixed, Normalised, OutcomeRewardModel, Shrunk, as_reward, checked, metrics
-from rlhfscale.sequences import Sequences
 
-TOKENIZER = models.build_tokenizer()
+TOKENIZER = rungs.build_tokenizer()
 
 
 class Fixed:
@@ -97,8 +98,8 @@ def test_what_is_no_reward_is_refused(thing, message):
 
 
 def test_a_bare_transformers_model_is_refused_although_its_head_is_called_score(tmp_path):
-    models.save_model(tiny.model(), tmp_path)
-    model = models.load_scorer(tmp_path, init_seed=0)
+    rungs.save_model(tiny.model(), tmp_path)
+    model = loading.load_scorer(tmp_path, init_seed=0)
     assert callable(model.score)
     with pytest.raises(TypeError, match="bare LlamaForSequenceClassification; wrap it"):
         as_reward(model)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import tiny
-from rlhfscale import models
+from rlhfscale.bed import rungs
+from rlhfscale.models import loading
 from rlhfscale.rewards import Labelled, losses, outcome, scorer
 
 NAN = float("nan")
@@ -135,8 +136,8 @@ TEXTS = [
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
-    models.save_model(tiny.model(), folder)
-    model = models.load_scorer(folder, init_seed=0)
+    rungs.save_model(tiny.model(), folder)
+    model = loading.load_scorer(folder, init_seed=0)
     with torch.no_grad():
         model.score.weight.normal_(generator=torch.Generator().manual_seed(0))
     return model
@@ -152,7 +153,7 @@ def trainer(model, tmp_path_factory):
     )
     rows = [{"prompt": prompt, "chosen": f" {a}", "rejected": f" {b}"} for prompt, a, b in TEXTS]
     return RewardTrainer(
-        model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=models.build_tokenizer()
+        model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=rungs.build_tokenizer()
     )
 
 
@@ -175,7 +176,7 @@ def test_loss_and_gradients_equal_those_of_trl(model, trainer, monkeypatch, cent
     theirs = trainer.compute_loss(model, trainer.data_collator(examples))
     expected = gradients(theirs, model)
 
-    data = Labelled.from_pairs(TEXTS, models.build_tokenizer())
+    data = Labelled.from_pairs(TEXTS, rungs.build_tokenizer())
     for row, ids in enumerate(ids for example in examples for ids in (example["chosen_ids"], example["rejected_ids"])):
         assert data.sequences.ids[row, : data.sequences.lengths[row]].tolist() == ids
     gold = torch.from_numpy(data.gold)

@@ -10,7 +10,8 @@ from transformers import LlamaForSequenceClassification
 
 import tiny
 import tiny_rl
-from rlhfscale import models
+from rlhfscale.bed import rungs
+from rlhfscale.models import loading
 from rlhfscale.rewards import Mixed, Normalised, OutcomeRewardModel, SharedReward
 from rlhfscale.rl import GRPO, PPO, RLOO
 from rlhfscale.rl.rollout import encode, joined
@@ -26,13 +27,13 @@ def saved(request, tmp_path_factory):
         torch.manual_seed(3)
         scorer = LlamaForSequenceClassification(config)
         scorer.model.load_state_dict(base.model.state_dict())
-        lora = models.lora_config(4, 8.0)
+        lora = loading.lora_config(4, 8.0)
         lora.modules_to_save = ["score"]
         scorer = get_peft_model(scorer, lora)
         for name, parameter in scorer.named_parameters():
             if "lora_B" in name:
                 parameter.data.normal_(std=0.3)
-    reward = OutcomeRewardModel(scorer, models.build_tokenizer(), request.param, mean=0.5, std=2.0)
+    reward = OutcomeRewardModel(scorer, rungs.build_tokenizer(), request.param, mean=0.5, std=2.0)
     folder = tmp_path_factory.mktemp("reward")
     reward.save(folder)
     return reward, folder

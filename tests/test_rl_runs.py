@@ -8,7 +8,9 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 import tiny
 import tiny_rewards
 import tiny_rl
-from rlhfscale import models, rewards
+from rlhfscale import rewards
+from rlhfscale.bed import rungs
+from rlhfscale.models import loading
 from rlhfscale.rl import GRPO, PPO, RLOO
 
 LETTERS = "abcdefgh"
@@ -46,7 +48,7 @@ def folder(tmp_path_factory):
 def test_a_base_in_each_precision(algorithm, dtype, folder):
     if dtype == "nf4":
         pytest.importorskip("bitsandbytes", reason="NF4 needs bitsandbytes")
-    base = models.load_base(folder, dtype)
+    base = loading.load_base(folder, dtype)
     frozen = {name: parameter.clone() for name, parameter in base.named_parameters()}
     run = tiny_rl.trainer(algorithm, base=base, **FAST)
     assert rises(run)
@@ -98,13 +100,13 @@ def counting(tokenizer, otherwise, chosen):
 
 def outcome(tokenizer=None):
     """Counts the letters, in its own tokens."""
-    tokenizer = tokenizer or models.build_tokenizer()
+    tokenizer = tokenizer or rungs.build_tokenizer()
     return rewards.OutcomeRewardModel(counting(tokenizer, 0.0, 1.0), tokenizer, readout="sum")
 
 
 def process():
     """Every token is a step; one of the letters is more likely right."""
-    tokenizer = models.build_tokenizer()
+    tokenizer = rungs.build_tokenizer()
     return rewards.ProcessRewardModel(counting(tokenizer, 1.0, 4.0), tokenizer, range(len(tokenizer)), "product")
 
 
@@ -133,7 +135,7 @@ def test_each_kind_of_reward(algorithm, kind):
 
 def test_what_is_logged_is_what_the_reward_says():
     reward = tiny_rl.ByIds(lambda ids, prompts, lengths: verifier(None, tokenizer.batch_decode(ids)))
-    tokenizer = models.build_tokenizer()
+    tokenizer = rungs.build_tokenizer()
     run = tiny_rl.trainer(reward=reward, missing_eos_penalty=0.0)
     record = tiny_rl.updates(run, 1)[0]
     (sequences,) = reward.asked

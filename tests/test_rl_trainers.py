@@ -10,11 +10,12 @@ from pydantic import ValidationError
 
 import tiny
 import tiny_rl
-from rlhfscale import lm, models
-from rlhfscale.data.demonstrations import token_ids
-from rlhfscale.ladder import CONTEXT, EOS_ID
-from rlhfscale.networks import REFERENCE
+from rlhfscale.bed import rungs
+from rlhfscale.bed.demonstrations import token_ids
+from rlhfscale.bed.ladder import CONTEXT, EOS_ID
+from rlhfscale.models import lm, loading
 from rlhfscale.rl import GRPO, PPO, RLOO, GRPOConfig, PPOConfig, RLOOConfig, losses, metrics, rollout
+from rlhfscale.rl.networks import REFERENCE
 from rlhfscale.samplers import Completions, hf
 from tiny_rl import gather, trainer, updates
 
@@ -49,7 +50,7 @@ def test_rollouts_hold_the_logprobs_of_policy_and_reference(trained):
     batch, completions = gather(run)
     merged, reference = run.networks.merged_policy(), tiny.model()
     assert len(set(completions.lengths)) > 3 and len(set(batch.prompt_lengths.tolist())) > 3
-    entropy = rollout.evaluate(run.networks, batch, models.POLICY, 0.8).entropy
+    entropy = rollout.evaluate(run.networks, batch, loading.POLICY, 0.8).entropy
     differ = 0.0
     for i, prompt in enumerate(p for p in tiny_rl.prompts(run) for _ in range(2)):
         response, length = completions[i].token_ids, len(completions[i].token_ids)
@@ -117,7 +118,7 @@ def test_a_function_of_texts_sees_texts_without_special_tokens():
 
 
 def test_text_and_conversations_are_encoded_as_the_tokenizer_does():
-    tokenizer = models.build_tokenizer()
+    tokenizer = rungs.build_tokenizer()
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m['content'] }} {% endfor %}{% if add_generation_prompt %}a{% endif %}"
     )
@@ -193,7 +194,7 @@ def test_only_adapters_and_value_head_move(critic):
     before = tiny.weights(base)
     run = trainer(base=base, critic=critic)
     updates(run, 2)
-    roles = (models.POLICY, models.CRITIC) if critic == "separate" else (models.POLICY,)
+    roles = (loading.POLICY, loading.CRITIC) if critic == "separate" else (loading.POLICY,)
     frozen, adapters = {}, {role: {} for role in roles}
     for name, parameter in run.networks.model.named_parameters():
         owner = next((role for role in roles if f".{role}." in name), None)
@@ -240,12 +241,12 @@ def made_up(run, scale=1.0):
 def test_zero_advantage_gives_no_policy_gradient(algorithm):
     """At ratio 1 and at the reference. The critic, with an adapter of its own, does move."""
     run = trainer(algorithm, **({"critic": "separate"} if algorithm is PPO else {}))
-    before = [parameter.detach().clone() for parameter in run.networks.parameters_of(models.POLICY)]
+    before = [parameter.detach().clone() for parameter in run.networks.parameters_of(loading.POLICY)]
     record = run.step(made_up(run, scale=0.0), torch.arange(32))
     assert record["policy_grad_norm"] < 1e-6
     if algorithm is not GRPO:  # GRPO's KL term is 0 only up to rounding, which AdamW would make a step of
         assert record["policy_grad_norm"] == 0
-        after = run.networks.parameters_of(models.POLICY)
+        after = run.networks.parameters_of(loading.POLICY)
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     if algorithm is PPO:
         assert run.networks.value_head.linear.weight.abs().max() > 0
@@ -258,7 +259,7 @@ def norm(parameters):
 @pytest.mark.parametrize("critic", ["trunk", "separate"])
 def test_both_gradients_are_clipped(critic):
     free = trainer(max_grad_norm=1e9, critic=critic)
-    policy, value = (free.networks.parameters_of(role) for role in (models.POLICY, models.CRITIC))
+    policy, value = (free.networks.parameters_of(role) for role in (loading.POLICY, loading.CRITIC))
     record = free.step(made_up(free), torch.arange(32))
     assert norm(policy) == pytest.approx(record["policy_grad_norm"], rel=1e-5)
     assert norm(value) == pytest.approx(record["critic_grad_norm"], rel=1e-5)
@@ -266,9 +267,9 @@ def test_both_gradients_are_clipped(critic):
     run = trainer(max_grad_norm=limit, critic=critic)
     again = run.step(made_up(run), torch.arange(32))
     assert again["policy_grad_norm"] == pytest.approx(record["policy_grad_norm"], rel=1e-4)  # before clipping
-    assert norm(run.networks.parameters_of(models.POLICY)) == pytest.approx(limit, rel=1e-3)
-    assert norm(run.networks.parameters_of(models.CRITIC)) == pytest.approx(limit, rel=1e-3)
-    for ours, theirs in zip(run.networks.parameters_of(models.POLICY), policy, strict=True):
+    assert norm(run.networks.parameters_of(loading.POLICY)) == pytest.approx(limit, rel=1e-3)
+    assert norm(run.networks.parameters_of(loading.CRITIC)) == pytest.approx(limit, rel=1e-3)
+    for ours, theirs in zip(run.networks.parameters_of(loading.POLICY), policy, strict=True):
         if ours.grad is not None:
             torch.testing.assert_close(
                 ours.grad * record["policy_grad_norm"] / limit, theirs.grad, rtol=1e-2, atol=1e-5
@@ -280,11 +281,11 @@ def test_the_losses_of_a_separate_critic_and_of_the_policy_do_not_mix(adapter):
     run = trainer(critic="separate", adapter=adapter)
     tiny_rl.randomise(run.networks)
     batch, _ = gather(run)
-    policy, critic = (run.networks.parameters_of(role) for role in (models.POLICY, models.CRITIC))
+    policy, critic = (run.networks.parameters_of(role) for role in (loading.POLICY, loading.CRITIC))
     rollout.evaluate_values(run.networks, batch).sum().backward()
     assert all(p.grad is None for p in policy) and all(p.grad is not None for p in critic)
     run.learner.optimizer.zero_grad(set_to_none=True)
-    rollout.evaluate(run.networks, batch, models.POLICY, 1.0).logprobs.sum().backward()
+    rollout.evaluate(run.networks, batch, loading.POLICY, 1.0).logprobs.sum().backward()
     assert all(p.grad is None for p in critic) and all(p.grad is not None for p in policy)
 
 
@@ -314,7 +315,7 @@ def test_a_minibatch_keeps_its_rows(trained):
     index = torch.tensor([5, 2, 17])
     part = batch[index]
     with torch.no_grad():
-        found = rollout.evaluate(run.networks, part, models.POLICY, run.config.temperature).logprobs
+        found = rollout.evaluate(run.networks, part, loading.POLICY, run.config.temperature).logprobs
         ref = rollout.evaluate(run.networks, part, REFERENCE, run.config.temperature).logprobs
     torch.testing.assert_close(found, part.logprobs, rtol=0, atol=2e-5)
     torch.testing.assert_close(ref, part.ref_logprobs, rtol=0, atol=2e-5)
@@ -391,7 +392,7 @@ def test_means_over_tokens_do_not_depend_on_the_loss(algorithm, options):
     batch = replace(batch, logprobs=batch.logprobs + 0.3 * batch.returns)  # ratios away from 1
     record, _ = tiny_rl.step_gradients(run, batch)
     with torch.no_grad():
-        now = rollout.evaluate(run.networks, batch, models.POLICY, 1.0)
+        now = rollout.evaluate(run.networks, batch, loading.POLICY, 1.0)
     ratio = torch.exp(now.logprobs - batch.logprobs)
     clipped = losses.clipped_surrogate(ratio, batch.advantages, run.config.clip)[1]
     terms = {"entropy_nats": now.entropy, "ratio_kl_nats": batch.logprobs - now.logprobs, "clip_fraction": clipped}
@@ -477,7 +478,7 @@ def test_the_gradient_of_the_bonus_is_that_of_the_mean_entropy():
         batch = made_up(run)
         grads.append(tiny_rl.step_gradients(run, batch)[1])
     run.networks.zero_grad()
-    now = rollout.evaluate(run.networks, batch, models.POLICY, 1.0, entropy_gradient=True)
+    now = rollout.evaluate(run.networks, batch, loading.POLICY, 1.0, entropy_gradient=True)
     now.entropy[batch.mask].mean().backward()
     bonus = {name: -0.3 * gradient for name, gradient in tiny_rl.gradients(run.networks).items()}
     assert tiny_rl.relative({name: grads[1][name] - grads[0][name] for name in bonus}, bonus) < 1e-3
@@ -515,7 +516,7 @@ def test_weight_decay_shrinks_weights_without_gradient():
         run = trainer(weight_decay=decay, policy_lr=1e-1)
         batch = made_up(run, scale=0.0)
         run.step(replace(batch, returns=batch.values), torch.arange(32))
-        first = run.networks.parameters_of(models.POLICY)[0]  # an A, to which B = 0 lets no gradient pass
+        first = run.networks.parameters_of(loading.POLICY)[0]  # an A, to which B = 0 lets no gradient pass
         sizes.append(first.norm().item())
     assert sizes[1] == pytest.approx(0.95 * sizes[0], rel=1e-5)
 
@@ -590,7 +591,7 @@ def test_an_empty_response_of_a_sampler_is_named():
 
 
 def test_a_tokenizer_without_an_end_is_refused():
-    tokenizer = models.build_tokenizer()
+    tokenizer = rungs.build_tokenizer()
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="no end-of-sequence token, so no response could end"):
         trainer(tokenizer=tokenizer)
@@ -600,7 +601,7 @@ def test_padding_may_be_the_end_of_sequence_or_missing():
     """Padding is told by lengths: the same run, whatever the padding token."""
     found = []
     for pad in ("<pad>", "<eos>", None):
-        tokenizer, base = models.build_tokenizer(), tiny.model()
+        tokenizer, base = rungs.build_tokenizer(), tiny.model()
         tokenizer.pad_token = pad
         base.config.pad_token_id = base.generation_config.pad_token_id = tokenizer.pad_token_id
         run = trainer(tokenizer=tokenizer, base=base)
@@ -638,7 +639,7 @@ def test_bad_configs_name_the_field(options, message):
 @pytest.mark.parametrize("reward", [None, 3, [1.0], tiny_rl.ByIds])
 def test_what_can_score_nothing_is_refused(reward):
     with pytest.raises(TypeError, match="^reward: "):
-        PPO(tiny.model(), models.build_tokenizer(), reward)
+        PPO(tiny.model(), rungs.build_tokenizer(), reward)
 
 
 def test_divergence_names_the_update():
@@ -652,7 +653,7 @@ def test_divergence_names_the_update():
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_a_gradient_that_is_not_finite_is_named_before_it_moves_anything(algorithm):
     run = trainer(algorithm)
-    run.learner.parameters[models.POLICY][0].register_hook(lambda gradient: gradient * float("inf"))
+    run.learner.parameters[loading.POLICY][0].register_hook(lambda gradient: gradient * float("inf"))
     before = tiny.weights(run.networks)
     with pytest.raises(lm.Diverged, match="update 0: .* policy grad norm (nan|inf)"):
         updates(run, 1)

@@ -11,8 +11,9 @@ import torch
 
 import tiny
 import tiny_rl
-from rlhfscale import models
-from rlhfscale.models import POLICY
+from rlhfscale.bed import rungs
+from rlhfscale.models import loading
+from rlhfscale.models.loading import POLICY
 from rlhfscale.rl import GRPO, RLOO, rollout
 
 trl = pytest.importorskip("trl", minversion="1.16", reason="compares with TRL 1.16")
@@ -43,7 +44,7 @@ def rollouts_of(run):
 
 def theirs(run, kind, completions, folder, **options):
     """TRL's trainer on a model of its own with the same adapters, and the inputs of its loss for these responses."""
-    tokenizer, base = models.build_tokenizer(), tiny.model()
+    tokenizer, base = rungs.build_tokenizer(), tiny.model()
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in tiny_rl.prompts(run) for _ in range(GROUP)]
     repeated = [ids for ids in tiny_rl.prompts(run) for _ in range(GROUP)]
     scores = run.run.reward.score(rollout.joined(repeated, completions, tokenizer)).tolist()
@@ -54,7 +55,7 @@ def theirs(run, kind, completions, folder, **options):
     )  # fmt: skip
     trainer = getattr(trl, f"{kind}Trainer")(
         model=base, args=config, processing_class=tokenizer, reward_funcs=lambda completions, **_: scores,
-        train_dataset=datasets.Dataset.from_dict({"prompt": texts}), peft_config=models.lora_config(4, 8.0),
+        train_dataset=datasets.Dataset.from_dict({"prompt": texts}), peft_config=loading.lora_config(4, 8.0),
     )  # fmt: skip
     trainer.current_gradient_accumulation_steps = 1
     copy_adapter(run, trainer.model)

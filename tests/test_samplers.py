@@ -6,8 +6,8 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import tiny
-from rlhfscale import ladder
-from rlhfscale.ladder import CONTEXT, EOS_ID, PAD_ID
+from rlhfscale.bed import ladder
+from rlhfscale.bed.ladder import CONTEXT, EOS_ID, PAD_ID
 from rlhfscale.samplers import Completion, hf, request_seeds
 from rlhfscale.samplers.base import uniforms
 

@@ -9,14 +9,14 @@ import transformers
 
 import tiny
 import tiny_rl
-from rlhfscale import models, networks
+from rlhfscale.bed import rungs
+from rlhfscale.bed.ladder import EOS_ID
 from rlhfscale.bench import run
-from rlhfscale.ladder import EOS_ID
-from rlhfscale.params import ParamsError
-from rlhfscale.rl import GRPO, PPO, RLOO
+from rlhfscale.rl import GRPO, PPO, RLOO, networks
 from rlhfscale.rl.loop import SamplerGap
 from rlhfscale.samplers import auto, hf, repeated, request_seeds, vllm
 from rlhfscale.samplers.fake import Fake
+from rlhfscale.study.params import ParamsError
 
 
 def test_repeated_prompts_are_in_a_row():
@@ -83,7 +83,7 @@ def test_adapters_of_peft_are_sampled_under():
 
 
 def test_the_script_decides():
-    tokenizer = models.build_tokenizer()
+    tokenizer = rungs.build_tokenizer()
     sampler = Fake(lambda prompt, seed: [*prompt, EOS_ID, 9])
     seeds = np.arange(3, dtype=np.uint64)
     found = sampler(None, [[5], [6, 7], [8] * 6], seeds=seeds, max_new_tokens=4, tokenizer=tokenizer)

@@ -19,9 +19,9 @@ import torch
 
 import tiny
 import tiny_rl
-from rlhfscale import ladder, models, networks
-from rlhfscale.ladder import EOS_ID
-from rlhfscale.rl import PPO
+from rlhfscale.bed import ladder, rungs
+from rlhfscale.bed.ladder import EOS_ID
+from rlhfscale.rl import PPO, networks
 from rlhfscale.samplers import hf, repeated, request_seeds
 from rlhfscale.samplers.vllm import VLLM, EngineDied, available, environment
 
@@ -42,7 +42,7 @@ def language_model(dtype=torch.float32):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    models.save_model(language_model(), folder)
+    rungs.save_model(language_model(), folder)
     return folder
 
 
@@ -116,7 +116,7 @@ def test_layers_split_over_two_processes_give_the_same_policy(folder, monkeypatc
 def test_completions_are_in_order_and_well_formed(engine):
     prompts = repeated(tiny.prompts(6), 4, 1.0)
     seeds = request_seeds((3,), len(prompts))
-    tokenizer = models.build_tokenizer()
+    tokenizer = rungs.build_tokenizer()
     found = engine(None, prompts, seeds=seeds, max_new_tokens=20, tokenizer=tokenizer)
     assert found.seeds is seeds and 0 < found.finished.sum() < len(prompts)
     assert gaps(language_model(), prompts, found).mean() < 1e-5  # each belongs to its prompt
@@ -255,6 +255,7 @@ PARENT = """
 import json, sys, time
 import tiny
 from rlhfscale.samplers import request_seeds
+from rlhfscale.bed import rungs
 from rlhfscale.samplers.vllm import VLLM
 
 sampler = VLLM(sys.argv[1], dtype="bf16", enforce_eager=True, kv_cache_gib=1, threads=1)
@@ -288,7 +289,7 @@ def test_vllms_own_server_serves_our_adapter(folder, tmp_path):
         answer = wait_for(client, server, log)
         with net.decoder() as policy:
             expected = hf.sample(policy, [PROMPT], seeds=request_seeds((0,), 1), max_new_tokens=8, temperature=0.0)[0]
-        text = models.build_tokenizer().decode(expected.token_ids, skip_special_tokens=True)
+        text = rungs.build_tokenizer().decode(expected.token_ids, skip_special_tokens=True)
         assert answer.model == "policy" and answer.choices[0].text.split() == text.split()
     finally:
         with suppress(ProcessLookupError):

@@ -8,15 +8,16 @@ import time
 from pathlib import Path
 
 import pytest
+import rlhfscale.registry  # noqa: F401  (registers the figures)
 import yaml
 
-import rlhfscale.registry  # noqa: F401  (registers the figures)
-from rlhfscale import params, runner, tasks
-from rlhfscale.data.responses import decode
+from rlhfscale.bed import tasks
+from rlhfscale.bed.responses import decode
+from rlhfscale.chat import reasoning
 from rlhfscale.evals import arena_hard, mt_bench, verifiers
 from rlhfscale.evals.benchmarks import _fill
-from rlhfscale.params import ParamsError
-from rlhfscale.tasks import reasoning
+from rlhfscale.study import params, runner
+from rlhfscale.study.params import ParamsError
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "lib").rglob("*.py"))

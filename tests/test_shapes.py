@@ -4,8 +4,8 @@ import pytest
 import torch
 import transformers
 
-from rlhfscale.checkpoints import CHECKPOINTS
-from rlhfscale.shapes import Shape
+from rlhfscale.chat.checkpoints import CHECKPOINTS
+from rlhfscale.models.shapes import Shape
 
 # The counts that the hub shows for each checkpoint's safetensors (tied embeddings once).
 PUBLISHED = {

@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 import processes
 import tiny
 import tiny_rl
-from rlhfscale import models, team
+from rlhfscale.models import loading
 from rlhfscale.rewards import OutcomeRewardModel
+from rlhfscale.runs import team
 from test_parallel import check
 
 RUN = Path(__file__).with_name("sharding_run.py")
@@ -95,11 +96,11 @@ def test_what_needs_all_weights_is_refused(facts):
 def test_saved_adapters_are_plain_and_continue_on_a_whole_base(made, base):
     """A sharded run's checkpoint is that of a run on a whole base, and its adapters are PEFT's."""
     folder, trained = made / "saved-2" / "ppo-fp32", load_file(made / "0-of-2" / "ppo-fp32.safetensors")
-    run = tiny_rl.trainer(base=models.load_base(base), policy_lr=1e-3)
+    run = tiny_rl.trainer(base=loading.load_base(base), policy_lr=1e-3)
     run.load(folder / "checkpoint")
     weights = {name: weight for name, weight in tiny.weights(run.networks).items() if name in trained}
     assert run.run.num_updates == 3 and tiny.equal(weights, trained)
-    plain = PeftModel.from_pretrained(models.load_base(base), folder / "checkpoint" / "policy")
+    plain = PeftModel.from_pretrained(loading.load_base(base), folder / "checkpoint" / "policy")
     found = [weight for name, weight in plain.named_parameters() if ".lora_" in name]
     expected = [weight for name, weight in run.networks.named_parameters() if ".lora_" in name]
     assert len(found) == len(expected) > 0 and all(map(torch.equal, found, expected))
@@ -107,7 +108,7 @@ def test_saved_adapters_are_plain_and_continue_on_a_whole_base(made, base):
 
 def test_a_saved_reward_model_scores_on_a_whole_base(made, base):
     trained = load_file(made / "0-of-2" / "outcome-fp32.safetensors")
-    reward = OutcomeRewardModel.load(made / "saved-2" / "outcome-fp32", models.load_base(base, head="score"))
+    reward = OutcomeRewardModel.load(made / "saved-2" / "outcome-fp32", loading.load_base(base, head="score"))
     assert tiny.equal({name: w for name, w in tiny.weights(reward.model).items() if name in trained}, trained)
 
 

@@ -12,15 +12,17 @@ from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_tensors
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from rlhfscale import ladder, lm, models, networks, specs, stages, tasks
-from rlhfscale.data import demonstrations as data
-from rlhfscale.data.demonstrations import demonstration_entropy, encode, tokens
-from rlhfscale.data.documents import pad
-from rlhfscale.data.responses import Responses, decode, label
+from rlhfscale.bed import demonstrations as data
+from rlhfscale.bed import labels, ladder, specs, stages, tasks
+from rlhfscale.bed.demonstrations import demonstration_entropy, encode, tokens
+from rlhfscale.bed.responses import Responses, decode, label
+from rlhfscale.models import lm, loading
+from rlhfscale.models.documents import pad
 from rlhfscale.rewards import outcome
+from rlhfscale.rl import networks
+from rlhfscale.runs.store import Store
+from rlhfscale.runs.worker import make
 from rlhfscale.samplers.base import Completions
-from rlhfscale.store import Store
-from rlhfscale.worker import make
 
 FAMILIES = tuple(tasks.FAMILIES)
 RATES = {"batch_size": 32, "lr": 3e-3, "muon_lr": 5e-3}
@@ -106,7 +108,7 @@ def test_pretraining_reports_its_loss(folders):
     assert (np.diff(points.tokens) > 0).all()
     length = points.tokens.iloc[-1] / PRETRAIN.num_documents
     np.testing.assert_allclose(points.flops, [ladder.rung("25k").train_flops(t, length) for t in points.tokens])
-    model = models.load_policy(folders[PRETRAIN] / "model")
+    model = loading.load_policy(folders[PRETRAIN] / "model")
     held_out, documents = (
         load_file(folders[PRETRAIN] / "held_out.safetensors"),
         data.held_out_documents(PRETRAIN.slip),
@@ -168,12 +170,12 @@ def test_scores_are_those_of_the_reward_model(folders):
 def test_the_reward_model_reports_scale_and_held_out_accuracy(folders):
     reward = outcome.OutcomeRewardModel.load(folders[REWARD_MODEL] / "model")
     training = [responses_of(folders, spec).head(24) for spec in REWARD_MODEL.data]
-    scores = np.concatenate([reward.score_responses(responses).ravel() for responses in training])
+    scores = np.concatenate([labels.scores_of(reward, responses).ravel() for responses in training])
     assert reward.readout == REWARD_MODEL.readout
     assert (reward.mean, reward.std) == (pytest.approx(scores.mean(), abs=1e-4), pytest.approx(scores.std(), rel=1e-3))
     held_out = responses_of(folders, REWARD_MODEL.held_out[0])
     found = load_file(folders[REWARD_MODEL] / "held_out.safetensors")
-    expected = outcome.pair_accuracy(reward.score_responses(held_out), held_out.gold)
+    expected = outcome.pair_accuracy(labels.scores_of(reward, held_out), held_out.gold)
     np.testing.assert_allclose(found["pair_accuracy"][0], expected, atol=1e-6)
     assert found["num_pairs"] == sum(outcome.num_pairs(responses.gold) for responses in training)
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from rlhfscale.store import MANIFEST, Store, StoreError
-from rlhfscale.worker import make
+from rlhfscale.runs.store import MANIFEST, Store, StoreError
+from rlhfscale.runs.worker import make
 from toy_stages import Files, Number, Total
 
 
@@ -174,7 +174,7 @@ def test_verifying_twice_reads_once(tmp_path, monkeypatch):
     store, spec = Store(tmp_path), Number(value=1)
     fill(store, spec)
     assert store.verify(spec.key)
-    monkeypatch.setattr("rlhfscale.store._sha256", lambda path: pytest.fail(f"read {path} again"))
+    monkeypatch.setattr("rlhfscale.runs.store._sha256", lambda path: pytest.fail(f"read {path} again"))
     assert store.verify(spec.key)
 
 
@@ -210,7 +210,7 @@ def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, monkeypatch):
     def full(path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("rlhfscale.store._to_disk", full)  # the disk fills up while the manifest is written
+    monkeypatch.setattr("rlhfscale.runs.store._to_disk", full)  # the disk fills up while the manifest is written
     with pytest.raises(StoreError, match="disk is full"):
         fill(store, spec)
     assert not store.folder(spec.key).exists() and leftovers(store) == []

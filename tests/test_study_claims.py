@@ -6,9 +6,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from planted import RUNG_STEPS, checked, planted
-from rlhfscale import compute, ladder, models, study_compute, study_data, study_ledger, study_process
-from rlhfscale.data.demonstrations import demonstrations
-from rlhfscale.stats import claims
+from rlhfscale.bed import flops, ladder, rungs
+from rlhfscale.bed.demonstrations import demonstrations
+from rlhfscale.models import loading
+from rlhfscale.study import rules, study_compute, study_data, study_ledger, study_process
 
 
 @pytest.mark.parametrize(
@@ -134,22 +135,22 @@ def test_flops_of_adapters_are_those_that_torch_counts(rung):
 
     documents = demonstrations((0, 1), "train", ("lists",), 16, 0.0)
     rows = torch.from_numpy(documents.ids[documents.lengths == documents.lengths.max()])
-    model = models.build_rung(ladder.rung(rung), 0)
+    model = rungs.build_rung(ladder.rung(rung), 0)
     model.set_attn_implementation("eager")
-    model = get_peft_model(model, models.lora_config(16, 32.0))
+    model = get_peft_model(model, loading.lora_config(16, 32.0))
     with FlopCounterMode(display=False) as counter:
         model(input_ids=rows).logits.sum().backward()
     counted = counter.get_total_flops()
-    assert compute.adapter_train_flops(rung, 16, rows.numel(), rows.shape[1]) == pytest.approx(counted, rel=0.05)
+    assert flops.adapter_train_flops(rung, 16, rows.numel(), rows.shape[1]) == pytest.approx(counted, rel=0.05)
     with FlopCounterMode(display=False) as counter, torch.no_grad(), model.disable_adapter():
         model(input_ids=rows)
-    assert compute.read_flops(rung, rows.numel(), rows.shape[1]) == pytest.approx(counter.get_total_flops(), rel=0.05)
+    assert flops.read_flops(rung, rows.numel(), rows.shape[1]) == pytest.approx(counter.get_total_flops(), rel=0.05)
 
 
 def test_the_ledger_draws_every_test_and_says_what_would_settle_it(tmp_path):
     P, made = planted(tmp_path, "04_prompt_vs_response_diversity")
     checked(study_data.prompts_or_responses(P, made), tmp_path)
-    table = claims.ledger(tmp_path / "results" / "smoke")
+    table = rules.ledger(tmp_path / "results" / "smoke")
     assert table["claim"].tolist() == ["C4"] and table["threshold"].tolist() == [0.0]
     said = study_ledger.words(table.iloc[0])
     assert "prompts minus responses" in said and ("settle" in said or table["verdict"][0] != "inconclusive")
@@ -160,6 +161,6 @@ def test_the_ledger_draws_every_test_and_says_what_would_settle_it(tmp_path):
 
 def test_only_distinct_responses_are_counted():
     ids = np.random.default_rng(0).integers(0, 2, (50, 5, 3))
-    first = compute._first_of_equals(ids)
+    first = flops._first_of_equals(ids)
     for row, marked in zip(ids, first, strict=True):
         assert set(np.flatnonzero(marked)) == set(np.unique(row, axis=0, return_index=True)[1])

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from planted import RUNG_STEPS, checked, planted
-from rlhfscale import ladder, study_sweeps
+from rlhfscale.bed import ladder
+from rlhfscale.study import study_sweeps
 
 
 @pytest.mark.parametrize(

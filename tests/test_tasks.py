@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from rlhfscale import ladder, models, tasks
-from rlhfscale.data import demonstrations as data
-from rlhfscale.tasks import base
+from rlhfscale.bed import demonstrations as data
+from rlhfscale.bed import ladder, rungs, tasks
+from rlhfscale.bed.tasks import base
 
 LISTS, REGISTERS = tasks.FAMILIES["lists"], tasks.FAMILIES["registers"]
 
@@ -185,7 +185,7 @@ def test_longest_prompt_and_response_are_the_stated_maxima():
 
 
 def test_tokenizer_and_encode_agree():
-    tokenizer = models.build_tokenizer()
+    tokenizer = rungs.build_tokenizer()
     assert len(tokenizer) == ladder.vocab_size() == len(set(tasks.vocabulary())) + 3
     for problem in islice(tasks.problems((7,), "train"), 20):
         ids = data.encode_prompts([problem])[0]
@@ -196,7 +196,7 @@ def test_tokenizer_and_encode_agree():
 @pytest.mark.parametrize("name", ladder.RUNGS)
 def test_counts_equal_the_built_models(name):
     rung = ladder.rung(name)
-    built = models.build_rung(rung, seed=0)
+    built = rungs.build_rung(rung, seed=0)
     embedding = built.get_input_embeddings().weight.numel()
     total = sum(parameter.numel() for parameter in built.parameters())
     assert rung.num_params_with_embeddings == total
@@ -208,7 +208,7 @@ def test_counts_equal_the_built_models(name):
 def test_train_flops_equal_the_counted_matrix_products(name):
     """Attention is computed eagerly here: torch's counter does not see into the fused kernel."""
     rung = ladder.rung(name)
-    model = models.build_rung(rung, seed=0).train()
+    model = rungs.build_rung(rung, seed=0).train()
     model.set_attn_implementation("eager")
     ids = torch.randint(3, ladder.vocab_size(), (4, 18))
     with FlopCounterMode(display=False) as counter:

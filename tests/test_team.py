@@ -7,10 +7,10 @@ import time
 
 import pytest
 
-from rlhfscale.grid import ensure
-from rlhfscale.store import Store
-from rlhfscale.team import TeamError
-from rlhfscale.worker import make
+from rlhfscale.runs.grid import ensure
+from rlhfscale.runs.store import Store
+from rlhfscale.runs.team import TeamError
+from rlhfscale.runs.worker import make
 from test_grid import alive, no_half_artifact, quiet
 from toy_stages import Number, Together, read
 
@@ -43,7 +43,7 @@ def test_they_end_with_the_process_that_started_them(tmp_path):
     script = tmp_path / "starter.py"
     script.write_text(
         "import os, subprocess, sys\n"
-        "code = 'import sys; from rlhfscale.team import exit_with; exit_with(int(sys.argv[1]))'\n"
+        "code = 'import sys; from rlhfscale.runs.team import exit_with; exit_with(int(sys.argv[1]))'\n"
         "print(subprocess.Popen([sys.executable, '-c', code, str(os.getpid())], stdout=2).pid)\n"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}

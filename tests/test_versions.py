@@ -15,27 +15,27 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "lib" / "rlhfscale"
 RECORD = Path(__file__).with_name("code_versions.json")
 
-TASKS = ("tasks/__init__", "tasks/base", "tasks/lists", "tasks/registers", "ladder")
-DOCUMENTS = (*TASKS, "data/demonstrations", "data/documents")
-MODELS = ("parallel", "sharding", "models")
-TRAINING = (*DOCUMENTS, *MODELS, "lora", "packing", "llama", "lm", "optim")
-SAMPLING = (*DOCUMENTS, *MODELS, "lora", "packing", "llama", "samplers/base", "samplers/hf", "samplers/together",
-            "data/responses")  # fmt: skip
+TASKS = ("bed/tasks/__init__", "bed/tasks/base", "bed/tasks/lists", "bed/tasks/registers", "bed/ladder")
+DOCUMENTS = (*TASKS, "bed/demonstrations", "models/documents")
+MODELS = ("models/parallel", "models/sharding", "models/loading")
+TRAINING = (*DOCUMENTS, *MODELS, "models/lora", "models/packing", "models/llama", "models/lm", "models/optim")
+SAMPLING = (*DOCUMENTS, *MODELS, "models/lora", "models/packing", "models/llama", "samplers/base", "samplers/hf", "samplers/together",
+            "bed/responses")  # fmt: skip
 REWARD = (
-    *SAMPLING, "lm", "optim", "sequences", "rewards/base", "rewards/losses", "rewards/labelled",
+    *SAMPLING, "models/lm", "models/optim", "models/sequences", "rewards/base", "rewards/losses", "rewards/labelled",
     "rewards/metrics", "rewards/scorer", "rewards/outcome",
 )  # fmt: skip
-TRAINERS = ("paths", *(
+TRAINERS = ("models/files", *(
     f"rl/{name}"
     for name in ("config", "ppo", "grpo", "rloo", "loop", "learner", "rollout", "logprobs", "kl", "advantages",
                  "losses", "metrics")
 ))  # fmt: skip
 EVALS = tuple(f"evals/{name}" for name in ("benchmarks", "evaluate", "judge", "mt_bench", "revisions", "sources"))
-ANSWERS = ("data/answers", "tasks/reasoning", "smollm2", "networks")
+ANSWERS = ("chat/answers", "chat/reasoning", "models/smollm2", "rl/networks")
 LANGUAGE = {
-    "chat": (*TASKS, "checkpoints", *MODELS, "smollm2"),
+    "chat": (*TASKS, "chat/checkpoints", *MODELS, "models/smollm2"),
     "answers": (*REWARD, *ANSWERS),
-    "tuned": (*REWARD, *ANSWERS, "finetune", "rl/learner", "rl/logprobs", "paths"),
+    "tuned": (*REWARD, *ANSWERS, "chat/finetune", "rl/learner", "rl/logprobs", "models/files"),
     "answer_reward": (*REWARD, *ANSWERS, "rewards/shared"),
     "aligned": (*REWARD, *ANSWERS, "rewards/shared", *TRAINERS),
     "answer_scores": (*REWARD, *ANSWERS, "rewards/shared"),
@@ -45,11 +45,11 @@ MODULES = {
     "sft": TRAINING,
     "samples": SAMPLING,
     "reward_model": REWARD,
-    "policy": (*REWARD, "rewards/process", "rewards/shared", "networks", *TRAINERS),
+    "policy": (*REWARD, "rewards/process", "rewards/shared", "rl/networks", *TRAINERS),
     "mixed_reward_model": (*REWARD, "rewards/process", "rewards/mixed"),
     "process_reward_model": (*REWARD, "rewards/process"),
     "scores": (*REWARD, "rewards/process"),
-    "mt_bench": (*SAMPLING, "smollm2", "samplers/vllm", *EVALS),
+    "mt_bench": (*SAMPLING, "models/smollm2", "samplers/vllm", *EVALS),
     "coverage": ("evals/planted", "evals/alpaca_eval", "stats/bootstrap"),
     **LANGUAGE,
 }
@@ -59,10 +59,11 @@ calls there counts."""
 
 def spec_classes():
     """Stage name to class, of every concrete spec of specs.py and language.py."""
-    from rlhfscale import language, specs
-    from rlhfscale.spec import Spec
+    from rlhfscale.bed import specs
+    from rlhfscale.chat import specs as chat_specs
+    from rlhfscale.runs.spec import Spec
 
-    items = [*vars(specs).values(), *vars(language).values()]
+    items = [*vars(specs).values(), *vars(chat_specs).values()]
     found = [item for item in items if isinstance(item, type) and issubclass(item, Spec)]
     return {cls.stage: cls for cls in found if hasattr(cls, "stage")}
 
@@ -133,14 +134,14 @@ def test_the_list_of_modules_is_complete(stage):
         "samplers/__init__",
         "rewards/__init__",
         "rl/__init__",
-        "spec",
+        "runs/spec",
         "specs",
-        "allocator",
-        "shapes",
+        "models/allocator",
+        "models/shapes",
     }
     if stage == "mt_bench":  # other benchmarks, intervals, and judges that it does not take
         harmless |= {f"evals/{name}" for name in ("__init__", "alpaca_eval", "arena_hard", "verifiers")}
-        harmless |= {"results", "paths", "stats/bootstrap", "stats/claims", "sequences"}
+        harmless |= {"study/results", "runs/paths", "stats/bootstrap", "study/rules", "models/sequences"}
     for name in MODULES[stage]:
         for node in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("rlhfscale"):

@@ -10,9 +10,9 @@ import pandas as pd
 import pytest
 import torch
 
-from rlhfscale import figures, params, walkthrough
-from rlhfscale.paths import project_root
 from rlhfscale.rl import advantages, kl, losses
+from rlhfscale.runs.paths import project_root
+from rlhfscale.study import figures, params, walkthrough
 
 ROOT = project_root()
 NOTEBOOK = ROOT / "notebooks" / "00_walkthrough.ipynb"

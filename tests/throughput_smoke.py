@@ -16,8 +16,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from rlhfscale import grid, registry, runner  # noqa: F401  (the registry names the figures)
-from rlhfscale.store import Store
+from rlhfscale.runs import grid
+from rlhfscale.runs.store import Store
+from rlhfscale.study import registry, runner  # noqa: F401  (the registry names the figures)
 
 
 def seconds(specs: dict, folder: str, workers: int, on_ray: bool) -> tuple[float, float]:

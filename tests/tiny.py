@@ -2,16 +2,16 @@
 
 import torch
 
-from rlhfscale import ladder, models, tasks
-from rlhfscale.data.demonstrations import demonstrations, encode_prompts, problem_list
-from rlhfscale.data.documents import Documents
+from rlhfscale.bed import ladder, rungs, tasks
+from rlhfscale.bed.demonstrations import demonstrations, encode_prompts, problem_list
+from rlhfscale.models.documents import Documents
 
 FAMILIES = tuple(tasks.FAMILIES)
 
 
 def model(seed: int = 0, scale: float = 6.0):
     """The smallest rung with enlarged random matrices, so that its distributions are far from uniform."""
-    built = models.build_rung(ladder.rung("25k"), seed).eval()
+    built = rungs.build_rung(ladder.rung("25k"), seed).eval()
     with torch.no_grad():
         for parameter in built.parameters():
             if parameter.ndim == 2:

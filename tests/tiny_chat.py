@@ -35,11 +35,11 @@ def save_guesser(folder: Path, tasks: tuple[str, ...], width: int, *, backwards:
     import numpy as np
     import torch
 
-    from rlhfscale import networks
-    from rlhfscale.data.answers import encode
-    from rlhfscale.finetune import response_loss
-    from rlhfscale.sequences import Sequences
-    from rlhfscale.tasks.reasoning import questions
+    from rlhfscale.chat.answers import encode
+    from rlhfscale.chat.finetune import response_loss
+    from rlhfscale.chat.reasoning import questions
+    from rlhfscale.models.sequences import Sequences
+    from rlhfscale.rl import networks
 
     model, tokenizer = model_and_tokenizer(width, backwards=backwards)
     prompts = encode([q for task in tasks for q in questions(task, "train", 64, 0)], tokenizer)

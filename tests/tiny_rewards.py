@@ -7,9 +7,9 @@ from tokenizers import models as tokenizer_models
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 import tiny
-from rlhfscale import ladder
-from rlhfscale.ladder import PAD_ID
-from rlhfscale.sequences import Sequences
+from rlhfscale.bed import ladder
+from rlhfscale.bed.ladder import PAD_ID
+from rlhfscale.models.sequences import Sequences
 
 SMALL = {"vocab_size": ladder.vocab_size(), "num_labels": 1, "pad_token_id": PAD_ID}
 LLAMA_LIKE = SMALL | {

@@ -7,8 +7,8 @@ import torch
 import transformers
 
 import tiny
-from rlhfscale import models
-from rlhfscale.data.demonstrations import token_ids
+from rlhfscale.bed import rungs
+from rlhfscale.bed.demonstrations import token_ids
 from rlhfscale.rl import GRPO, PPO, RLOO, GRPOConfig, PPOConfig, RLOOConfig
 
 LETTER = token_ids()["a"]
@@ -86,7 +86,7 @@ def trainer(algorithm=PPO, *, seed=0, reward=count_letter, base=None, tokenizer=
     options = {"sampler": sampler} if sampler else {}
     return algorithm(
         tiny.model() if base is None else base,
-        tokenizer or models.build_tokenizer(),
+        tokenizer or rungs.build_tokenizer(),
         reward,
         CONFIGS[algorithm](**settings | changes),
         seed=seed,

@@ -11,8 +11,8 @@ from typing import ClassVar
 import numpy as np
 from safetensors.numpy import save_file
 
-from rlhfscale.params import FigureParams, field
-from rlhfscale.spec import Needs, Spec
+from rlhfscale.runs.spec import Needs, Spec
+from rlhfscale.study.params import FigureParams, field
 
 
 class Number(Spec):
@@ -83,7 +83,7 @@ class Files(Spec):
 def make_together(spec: Together, inputs: dict[str, Path], folder: Path) -> None:
     import torch
 
-    from rlhfscale import parallel
+    from rlhfscale.models import parallel
 
     if spec.trace:
         with open(spec.trace, "a") as file:

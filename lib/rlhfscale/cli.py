@@ -17,11 +17,12 @@ import typer
 from rich.console import Console
 from rich.markdown import Markdown
 
-from rlhfscale import grid, paths, runner
-from rlhfscale.params import ParamsError
 from rlhfscale.planning import hardware
-from rlhfscale.pool import PoolError
-from rlhfscale.store import Store, StoreError
+from rlhfscale.runs import grid, paths
+from rlhfscale.runs.pool import PoolError
+from rlhfscale.runs.store import Store, StoreError
+from rlhfscale.study import runner
+from rlhfscale.study.params import ParamsError
 
 app = typer.Typer(
     help="Make the figures of the study: train what is missing, keep every artifact, write tables, plots and verdicts.",
@@ -255,7 +256,7 @@ def evaluate(
 
 
 def _load(tier: str, wanted: list[str] | None, results: Path) -> list[runner.Figure]:
-    importlib.import_module("rlhfscale.registry")  # registers the figures' parameters
+    importlib.import_module("rlhfscale.study.registry")  # registers the figures' parameters
     return runner.load_figures(tier, wanted or [], results)
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rlhfscale.ladder import CONTEXT, Rung, rung, vocab_size
+from rlhfscale.bed.ladder import CONTEXT, Rung, rung, vocab_size
 
 Bench = Literal["ppo", "qlora", "rm", "sampler", "vllm"]
 
@@ -58,7 +58,7 @@ class SmolLM2:
 
     def prepare(self, folder: Path) -> Path:
         """Convert the model below ``folder``, once, in float32: each side casts it as its job says."""
-        from rlhfscale import smollm2
+        from rlhfscale.models import smollm2
 
         return smollm2.prepare(folder, "fp32")
 
@@ -276,7 +276,7 @@ def _build_llama(shape: Llama, target: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    from rlhfscale.ladder import SPECIAL_TOKENS
+    from rlhfscale.bed.ladder import SPECIAL_TOKENS
 
     sizes = {"vocab_size": shape.vocab_size, "max_position_embeddings": shape.context}
     with torch.random.fork_rng():

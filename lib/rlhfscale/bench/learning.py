@@ -26,17 +26,19 @@ import pandas as pd
 import torch
 from scipy import stats
 
-from rlhfscale import grid, models, tasks
+from rlhfscale.bed import rungs, tasks
+from rlhfscale.bed.demonstrations import STREAM, encode_prompts, problem_list
+from rlhfscale.bed.recipe import Recipe
+from rlhfscale.bed.responses import label
+from rlhfscale.bed.specs import Policy
 from rlhfscale.bench.rounds import ChildDied, environment
-from rlhfscale.data.demonstrations import STREAM, encode_prompts, problem_list
-from rlhfscale.data.responses import label
-from rlhfscale.recipe import Recipe
+from rlhfscale.models import loading
+from rlhfscale.models.sequences import Sequences
 from rlhfscale.rewards import outcome
 from rlhfscale.rl import PPO, PPOConfig
+from rlhfscale.runs import grid
+from rlhfscale.runs.store import Store
 from rlhfscale.samplers import hf, request_seeds
-from rlhfscale.sequences import Sequences
-from rlhfscale.specs import Policy
-from rlhfscale.store import Store
 
 REWARD_RUNG = "150k"
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -88,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rate = choose_rate(recipe, beds[CHOICE_SEED], options)
     rows = []
     for seed in options.seeds:
-        start = evaluate(recipe, models.load_policy(beds[seed].sft), seed)
+        start = evaluate(recipe, loading.load_policy(beds[seed].sft), seed)
         for side, variant in [("ours", name) for name in VARIANTS] + [("trl", "full critic")]:
             rows.append(run(recipe, beds[seed], side, variant, rate, options.peer_python) | before_of(start))
             pd.DataFrame(rows).to_csv(options.out / "learning.csv", index=False)
@@ -180,7 +182,7 @@ def train_ours(bed: Bed, changes: Mapping[str, Any]) -> tuple[Any, dict[str, Any
     names = PPOConfig.model_fields.keys() & type(bed.spec).model_fields.keys()
     fields = {name: getattr(bed.spec, name) for name in names}
     config = PPOConfig(**fields | {"max_new_tokens": tasks.MAX_RESPONSE_TOKENS, **changes})
-    trainer = PPO(models.load_policy(bed.sft), models.build_tokenizer(), bed.load_reward(), config, seed=bed.spec.seed)
+    trainer = PPO(loading.load_policy(bed.sft), rungs.build_tokenizer(), bed.load_reward(), config, seed=bed.spec.seed)
     prompts = bed.prompts()
     metrics = trainer.train(lambda update: prompts[update], bed.spec.num_updates, progress=False)
     about = {"learning_rate": config.policy_lr, "kl_nats": metrics["kl_nats"].iloc[-1]}
@@ -207,7 +209,7 @@ def train_peer(bed: Bed, rate: float, peer_python: str, folder: Path) -> tuple[A
     if (result["rollouts"], result["optimizer_steps"]) != (bed.rollouts, steps):
         raise RuntimeError(f"trl made {result['rollouts']} roll-outs and {result['optimizer_steps']} optimiser steps")
     about = {"learning_rate": rate, "kl_nats": result["kl_nats"][-1], "score_gap": result["score_gap"]}
-    return models.load_policy(folder / "model"), about
+    return loading.load_policy(folder / "model"), about
 
 
 def peer_job(bed: Bed, rate: float, folder: Path) -> dict[str, Any]:
@@ -246,7 +248,7 @@ def checked_scores(bed: Bed) -> dict[str, Any]:
     prompts = bed.prompts()[0][:NUM_CHECKED]
     seeds = request_seeds((bed.spec.seed, STREAM["samples"]), len(prompts))
     drawn = hf.sample(
-        models.load_policy(bed.sft), prompts, seeds=seeds, max_new_tokens=tasks.MAX_RESPONSE_TOKENS, temperature=1.0
+        loading.load_policy(bed.sft), prompts, seeds=seeds, max_new_tokens=tasks.MAX_RESPONSE_TOKENS, temperature=1.0
     )
     responses = [list(completion.token_ids) for completion in drawn]
     scores = bed.load_reward().score(Sequences.join(prompts, responses, drawn.finished))

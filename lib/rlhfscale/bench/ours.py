@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer
 
-from rlhfscale import models
 from rlhfscale.bench.peers.protocol import Child
+from rlhfscale.models import loading
+from rlhfscale.models.sequences import Sequences
 from rlhfscale.rewards import Labelled, OutcomeRewardModel, outcome
 from rlhfscale.rl import PPO, PPOConfig
 from rlhfscale.samplers import hf, request_seeds
-from rlhfscale.sequences import Sequences
 
 
 def main() -> None:
@@ -31,7 +31,7 @@ def ppo(child: Child, options: dict[str, Any]) -> None:
     if job["bench"] == "qlora":  # no reward model: the peer has none either
         reward = LastToken()
     else:
-        scorer = models.load_base(job["model"], job.get("reward_dtype", job["dtype"]), head="score")
+        scorer = loading.load_base(job["model"], job.get("reward_dtype", job["dtype"]), head="score")
         reward = OutcomeRewardModel(scorer, tokenizer)
     config = PPOConfig(
         prompts_per_update=len(job["prompts"]),
@@ -43,7 +43,7 @@ def ppo(child: Child, options: dict[str, Any]) -> None:
         **{name: job[name] for name in ("temperature", "kl_coefficient", "lora_rank", "lora_alpha")},
         **options,
     )
-    policy = models.load_base(job["model"], job["dtype"])
+    policy = loading.load_base(job["model"], job["dtype"])
     full_length = partial(hf.sample, ignore_eos=True)
     trainer = PPO(policy, tokenizer, reward, config, seed=job["seed"], sampler=full_length)
 
@@ -65,7 +65,7 @@ def reward_model(child: Child, options: dict[str, Any]) -> None:
     """A step is one pass over the pairs; the adapters go on from where the last pass left them."""
     job = child.job
     data = pairs(job["pairs"])
-    model = models.load_base(job["model"], job["dtype"], head="score")
+    model = loading.load_base(job["model"], job["dtype"], head="score")
 
     def step() -> dict[str, Any]:
         nonlocal model
@@ -98,7 +98,7 @@ def pairs(rows: list[dict[str, list[int]]]) -> Labelled:
 def sampler(child: Child, options: dict[str, Any]) -> None:
     """A step samples one response to every prompt."""
     job = child.job
-    model = models.load_base(job["model"], job["dtype"])
+    model = loading.load_base(job["model"], job["dtype"])
     num_steps = 0
 
     def step() -> dict[str, Any]:

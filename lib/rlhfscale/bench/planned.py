@@ -23,15 +23,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from rlhfscale import grid, language, paths, specs
+from rlhfscale.bed import specs
+from rlhfscale.bed.recipe import Recipe
 from rlhfscale.bench.peers.protocol import counter
+from rlhfscale.chat import specs as chat_specs
 from rlhfscale.planning.memory import Layout, peak
 from rlhfscale.planning.workloads import EVEN, ROLLOUT_BATCH, TOKENS_PER_PASS, Lengths, workload
-from rlhfscale.pool import worker_environment
-from rlhfscale.real_model import RealModel
-from rlhfscale.recipe import Recipe
-from rlhfscale.spec import Spec
-from rlhfscale.store import Store
+from rlhfscale.runs import grid, paths
+from rlhfscale.runs.pool import worker_environment
+from rlhfscale.runs.spec import Spec
+from rlhfscale.runs.store import Store
+from rlhfscale.study.real_model import RealModel
 
 NAME = "plan_check"
 MIB = 2**20
@@ -140,8 +142,9 @@ def _in_process(name: str, store: Store) -> dict[str, Any]:
 
 def _measure(name: str, store: Store) -> dict[str, Any]:
     """Make a case twice, for its memory and then for its FLOPs; or ``idle``: import everything and compute little."""
-    from rlhfscale import language_stages, stages
-    from rlhfscale.allocator import keep_freed_memory
+    from rlhfscale.bed import stages
+    from rlhfscale.chat import stages as chat_stages
+    from rlhfscale.models.allocator import keep_freed_memory
 
     keep_freed_memory()
     if name == "idle":
@@ -149,7 +152,7 @@ def _measure(name: str, store: Store) -> dict[str, Any]:
     spec = cases()[name]
     inputs = {parent.key: store.open(parent.key) for parent in spec.parents}
     stage = getattr(
-        language_stages if spec.runner.startswith("rlhfscale.language") else stages, spec.runner.split(":")[1]
+        chat_stages if spec.runner.startswith("rlhfscale.chat.specs") else stages, spec.runner.split(":")[1]
     )
     with tempfile.TemporaryDirectory(dir=store.root) as first:
         stage(spec, inputs, Path(first))
@@ -203,25 +206,25 @@ def lengths_of(spec: Spec, folder: Path, inputs: Mapping[str, Path], drawn: Draw
     found = {}
     for source in {spec, *spec.parents}:
         where = folder if source == spec else inputs[source.key]
-        if isinstance(source, specs.Samples | language.Answers):
+        if isinstance(source, specs.Samples | chat_specs.Answers):
             found[source.key] = vars(_sampled(source, where, inputs))
-    if isinstance(spec, specs.Policy | language.Aligned):
+    if isinstance(spec, specs.Policy | chat_specs.Aligned):
         found[spec.key] = vars(_rolled_out(drawn))
-    if isinstance(spec, language.Tuned):
+    if isinstance(spec, chat_specs.Tuned):
         found[spec.key] = vars(_accepted(spec, inputs))
     return found
 
 
-def _sampled(spec: specs.Samples | language.Answers, folder: Path, inputs: Mapping[str, Path]) -> Lengths:
+def _sampled(spec: specs.Samples | chat_specs.Answers, folder: Path, inputs: Mapping[str, Path]) -> Lengths:
     """Of responses that lie in a folder."""
     if isinstance(spec, specs.Samples):
-        from rlhfscale.data.responses import Responses
+        from rlhfscale.bed.responses import Responses
 
         found = Responses.load(folder / "responses.safetensors")
         prompts, responses, ids, gold = found.prompt_lengths, found.response_lengths, found.response_ids, found.gold
         batch = ROLLOUT_BATCH
     else:
-        from rlhfscale.data import answers
+        from rlhfscale.chat import answers
 
         kept = answers.Answers.load(folder)
         prompts = np.array([len(row) for row in answers.encode(kept.questions, _tokenizer(spec.model, inputs))])
@@ -245,7 +248,7 @@ def _sampled(spec: specs.Samples | language.Answers, folder: Path, inputs: Mappi
 
 
 def language_batch() -> int:
-    from rlhfscale.language_stages import BATCH
+    from rlhfscale.chat.stages import BATCH
 
     return BATCH
 
@@ -269,9 +272,9 @@ def _rolled_out(drawn: Drawn) -> Lengths:
     )
 
 
-def _accepted(spec: language.Tuned, inputs: Mapping[str, Path]) -> Lengths:
+def _accepted(spec: chat_specs.Tuned, inputs: Mapping[str, Path]) -> Lengths:
     """Of the right answers that a chat model is tuned on."""
-    from rlhfscale.data import answers
+    from rlhfscale.chat import answers
 
     kept, tokenizer = answers.Answers.load(inputs[spec.data.key]), _tokenizer(spec.base, inputs)
     rows = kept.accepted(tokenizer)

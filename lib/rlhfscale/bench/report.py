@@ -10,10 +10,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from rlhfscale import plots
 from rlhfscale.bench.cases import CASES
 from rlhfscale.bench.rounds import CI_METHOD, median_interval
-from rlhfscale.paths import project_root
+from rlhfscale.runs.paths import project_root
+from rlhfscale.study import style
 
 NAME = "90_throughput"
 COMMAND = "make bench"
@@ -134,7 +134,7 @@ def study_cost(tier_root: Path) -> pd.DataFrame:
 
 def figure(table: pd.DataFrame) -> Figure:
     """The ratio of each case with its interval, and both sides' memory; from `summary`."""
-    return plots.throughput(table)
+    return style.throughput(table)
 
 
 def markdown(table: pd.DataFrame) -> str:

@@ -7,8 +7,8 @@ from typing import Any
 
 from rlhfscale.bench import flops, rounds
 from rlhfscale.bench.cases import CASES, PEERS, Case, jobs
-from rlhfscale.params import ParamsError
 from rlhfscale.samplers import vllm
+from rlhfscale.study.params import ParamsError
 
 MIB = 2**20
 

@@ -14,22 +14,11 @@ import pandas as pd
 from scipy.special import expit
 
 from rlhfscale.evals import alpaca_eval, arena_hard, mt_bench, verifiers
-from rlhfscale.evals.judge import (
-    Cache,
-    Estimate,
-    Judge,
-    JudgeError,
-    Reply,
-    Request,
-    check_missing,
-    collect,
-    estimate,
-)
+from rlhfscale.evals.judge import Cache, Estimate, Judge, JudgeError, Reply, Request, check_missing, collect, estimate
 from rlhfscale.evals.mt_bench import Question
 from rlhfscale.evals.sources import ChatPrompt, Problem
-from rlhfscale.results import summary_row
 from rlhfscale.samplers.base import request_seeds
-from rlhfscale.stats.bootstrap import Interval, bootstrap
+from rlhfscale.stats.bootstrap import Interval, bootstrap, summary_row
 
 BENCHMARKS = ("mt_bench", "alpaca_eval", "arena_hard", "gsm8k", "math")
 CONTINUE = "continue your judgment and finish by outputting a final verdict label"

@@ -11,9 +11,9 @@ from rich.table import Table
 from rlhfscale.evals.benchmarks import SOLVE, Ask
 from rlhfscale.evals.evaluate import Decoding, cache_of_judgments, evaluate, open_judge, open_policy, save
 from rlhfscale.evals.judge import Endpoint, Estimate, JudgeError, TooManyMissing
-from rlhfscale.params import ParamsError
-from rlhfscale.results import provenance
 from rlhfscale.samplers.vllm import EngineDied, NotInstalled
+from rlhfscale.study.params import ParamsError
+from rlhfscale.study.results import provenance
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from rlhfscale import paths
 from rlhfscale.evals import alpaca_eval, benchmarks, sources
 from rlhfscale.evals.benchmarks import Ask
 from rlhfscale.evals.judge import Cache, Endpoint, Judge, Local, reward_judge
 from rlhfscale.evals.revisions import SMOLLM2, folder_revision
-from rlhfscale.paths import replace_file
+from rlhfscale.models.files import replace_file
+from rlhfscale.runs import paths
 
 BOOTSTRAP_SEED = 20241209
 JUDGES = "endpoint:MODEL, hf:FOLDER, vllm:FOLDER, reward:FOLDER, or verifier (gsm8k, math)"
@@ -70,13 +70,13 @@ def open_policy(source: str, dtype: str = "bf16") -> Policy:
     """
     folder = model_folder(source, dtype)
     revision = folder_revision(folder)
-    from rlhfscale import models
+    from rlhfscale.models import loading
     from rlhfscale.samplers import hf
 
     base, adapter = folder, folder / "adapter_config.json"
     if adapter.is_file():
         base = Path(json.loads(adapter.read_text())["base_model_name_or_path"])
-    model = models.load_base(str(base), dtype)
+    model = loading.load_base(str(base), dtype)
     if adapter.is_file():
         from peft import PeftModel
 
@@ -93,7 +93,7 @@ def open_policy(source: str, dtype: str = "bf16") -> Policy:
 def model_folder(source: str, dtype: str = "bf16") -> Path:
     """The folder that a name stands for. Raises FileNotFoundError where there is none."""
     if source == SMOLLM2:
-        from rlhfscale import smollm2
+        from rlhfscale.models import smollm2
 
         return smollm2.prepare(paths.store_root() / "models", "fp32" if dtype == "fp32" else "bf16")
     folder = Path(source)

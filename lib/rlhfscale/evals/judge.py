@@ -23,7 +23,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from rlhfscale.paths import replace_file
+from rlhfscale.models.files import replace_file
 
 Message = dict[str, str]
 """``role`` and ``content``, as in OpenAI's chat API."""
@@ -607,8 +607,8 @@ def reward_judge(reward: Any, tokenizer: Any, *, name: str, revision: str) -> Sc
     Args:
         tokenizer: its chat template, if it has one, turns the conversation into the prompt.
     """
+    from rlhfscale.models.sequences import Sequences
     from rlhfscale.rewards import as_reward, checked
-    from rlhfscale.sequences import Sequences
 
     reward = as_reward(reward)
 

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import typer
 from rich.console import Console
 
-from rlhfscale import grid, runner
-from rlhfscale.params import ParamsError
 from rlhfscale.planning import costs, report
 from rlhfscale.planning.hardware import OF_TIER, hardware, kind_for
+from rlhfscale.runs import grid
+from rlhfscale.study import runner
+from rlhfscale.study.params import ParamsError
 
 
 @dataclass(frozen=True)

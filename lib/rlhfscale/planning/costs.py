@@ -11,13 +11,13 @@ from dataclasses import asdict, dataclass, replace
 from math import ceil
 from typing import Any
 
-from rlhfscale import grid
 from rlhfscale.planning.hardware import Hardware
 from rlhfscale.planning.memory import Layout, Memory, peak, tokens_together
 from rlhfscale.planning.passes import Decode, Network, Pass
 from rlhfscale.planning.schedule import Simulation, Task, simulate
 from rlhfscale.planning.workloads import Phase, Workload, is_known, workload
-from rlhfscale.spec import Spec
+from rlhfscale.runs import grid
+from rlhfscale.runs.spec import Spec
 
 RUNTIME_BYTES = {"fused": 0.75e9, "plain": 2.0e9}
 """Of a process before it computes: libraries; on a GPU its context, kernels and workspaces."""

@@ -5,16 +5,16 @@ Operations are counted as torch's FlopCounterMode does: a multiplication and an 
 time (Korthikanti et al. 2022, section 4, does the sum for another layer). Tests hold both against torch's own counts on
 small models, and `bench.planned` against whole stages.
 
-A decoder is computed in one of two ways. ``fused``, a Llama on a CPU (`rlhfscale.llama`): equal prompts once, the last
+A decoder is computed in one of two ways. ``fused``, a Llama on a CPU (`models.llama`): equal prompts once, the last
 layer after its attention only where it is read, one node of autograd a layer. ``plain``, on a GPU: transformers' layers
-with `rlhfscale.lora`'s products. No torch here.
+with `models.lora`'s products. No torch here.
 """
 
 from dataclasses import dataclass, replace
 from math import ceil
 from typing import Literal
 
-from rlhfscale.shapes import Shape
+from rlhfscale.models.shapes import Shape
 
 Precision = Literal["fp32", "bf16", "nf4"]
 Kernels = Literal["fused", "plain"]

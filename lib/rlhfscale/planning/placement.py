@@ -6,8 +6,8 @@ from math import ceil
 from rlhfscale.planning.costs import MOST_GPUS, Options, fitted
 from rlhfscale.planning.hardware import DEFAULT, HARDWARE, hardware, kind_for
 from rlhfscale.planning.workloads import Workload, workload
-from rlhfscale.pool import PoolError
-from rlhfscale.spec import Spec
+from rlhfscale.runs.pool import PoolError
+from rlhfscale.runs.spec import Spec
 
 
 def placed(spec: Spec) -> tuple[int, int]:

@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from rich import box
 from rich.table import Table
 
-from rlhfscale import grid
 from rlhfscale.planning.costs import RUNTIME_BYTES, StageCost, TierCost, model_of, precision_of
 from rlhfscale.planning.memory import Layout, peak
 from rlhfscale.planning.schedule import Simulation
 from rlhfscale.planning.workloads import TOKENS_PER_PASS, is_known, workload
+from rlhfscale.runs import grid
 
 
 def figures_table(cost: TierCost) -> Table:

@@ -10,12 +10,13 @@ from functools import lru_cache
 from math import ceil
 from typing import Any
 
-from rlhfscale import ladder, language, specs
-from rlhfscale.checkpoints import CHECKPOINTS
+from rlhfscale.bed import ladder, specs
+from rlhfscale.bed.tasks import FAMILIES, MAX_RESPONSE_TOKENS
+from rlhfscale.chat import specs as chat_specs
+from rlhfscale.chat.checkpoints import CHECKPOINTS
+from rlhfscale.models.shapes import Shape
 from rlhfscale.planning.passes import BYTES, Decode, Kernels, Network, Pass, Rows, merge_flops, muon_flops
-from rlhfscale.shapes import Shape
-from rlhfscale.spec import Spec
-from rlhfscale.tasks import FAMILIES, MAX_RESPONSE_TOKENS
+from rlhfscale.runs.spec import Spec
 
 ROLLOUT_BATCH, ANSWER_BATCH, GPU_BATCH = 1024, 64, 256
 """Requests decoded together: `samplers.hf.sample`'s, and those of `language_stages`."""
@@ -165,7 +166,7 @@ def rung_shape(name: str) -> Shape:
 @lru_cache
 def chain_lengths(families: tuple[str, ...], count: int = 512) -> Lengths:
     """Of the laptop bed's demonstrations, by drawing some."""
-    from rlhfscale.data.demonstrations import demonstrations
+    from rlhfscale.bed.demonstrations import demonstrations
 
     drawn = demonstrations((0,), "train", families, count, 0.0)
     prompt, whole = drawn.prompt_lengths, drawn.lengths
@@ -173,12 +174,12 @@ def chain_lengths(families: tuple[str, ...], count: int = 512) -> Lengths:
     return Lengths(float(prompt.mean()), float((whole - prompt).mean()), longest, EVEN * float(whole.std()))
 
 
-def question_lengths(answers: language.Answers) -> Lengths:
+def question_lengths(answers: chat_specs.Answers) -> Lengths:
     """Rough ones of conversations and answers; those of a model that was not tuned fill half of their room."""
     most = answers.max_new_tokens
-    tuned = not isinstance(answers.model, language.Chat)
-    response = min(language.RESPONSE_TOKENS if tuned else 0.6 * most, most)
-    return Lengths(language.PROMPT_TOKENS, response, 1.5 * language.PROMPT_TOKENS + most, SPREAD)
+    tuned = not isinstance(answers.model, chat_specs.Chat)
+    response = min(chat_specs.RESPONSE_TOKENS if tuned else 0.6 * most, most)
+    return Lengths(chat_specs.PROMPT_TOKENS, response, 1.5 * chat_specs.PROMPT_TOKENS + most, SPREAD)
 
 
 def _chains(spec: Any, families: tuple[str, ...], known: Mapping[Spec, Lengths]) -> Lengths:
@@ -340,7 +341,7 @@ def checkpoint_shape(name: str) -> Shape:
 
 def _precision(model: Any, default: str = "bf16") -> str:
     """What a model's weights are loaded in; an aligned model keeps what it was trained in."""
-    if isinstance(model, language.Aligned):
+    if isinstance(model, chat_specs.Aligned):
         return model.precision
     return model.chat.precision or default
 
@@ -351,21 +352,21 @@ def _language(model: Any, default: str = "bf16", **options: Any) -> Network:
 
 def _memory_for_time(model: Any) -> dict[str, Any]:
     """What `language_stages` does for a large model."""
-    large = model.chat.num_params >= language.LARGE
-    return {"checkpointing": large, "tokens_per_pass": language.LARGE_TOKENS if large else TOKENS_PER_PASS}
+    large = model.chat.num_params >= chat_specs.LARGE
+    return {"checkpointing": large, "tokens_per_pass": chat_specs.LARGE_TOKENS if large else TOKENS_PER_PASS}
 
 
-def _questions(answers: language.Answers) -> int:
+def _questions(answers: chat_specs.Answers) -> int:
     return len(answers.tasks) * answers.num_prompts
 
 
-def _chat(spec: language.Chat, known: Mapping[Spec, Lengths]) -> Workload:
+def _chat(spec: chat_specs.Chat, known: Mapping[Spec, Lengths]) -> Workload:
     network = Network(checkpoint_shape(spec.checkpoint), "bf16", "bf16")
     return Workload((network,), (), network.storage_bytes["weights"])
 
 
-def _answers(spec: language.Answers, known: Mapping[Spec, Lengths]) -> Workload:
-    rank = spec.model.lora_rank if isinstance(spec.model, language.Aligned) else ADAPTER_RANK
+def _answers(spec: chat_specs.Answers, known: Mapping[Spec, Lengths]) -> Workload:
+    rank = spec.model.lora_rank if isinstance(spec.model, chat_specs.Aligned) else ADAPTER_RANK
     network, lengths = _language(spec.model, rank=rank, frozen=1), known.get(spec) or question_lengths(spec)
     count = _questions(spec) * spec.num_samples
     rows = Rows(count, lengths.prompt, lengths.response, spec.num_samples, longest=lengths.longest)
@@ -375,9 +376,9 @@ def _answers(spec: language.Answers, known: Mapping[Spec, Lengths]) -> Workload:
     return Workload((network,), (Phase("roll-outs", (decode,)),), storage)
 
 
-def _tuned(spec: language.Tuned, known: Mapping[Spec, Lengths]) -> Workload:
+def _tuned(spec: chat_specs.Tuned, known: Mapping[Spec, Lengths]) -> Workload:
     network = _language(spec.base, "fp32", rank=spec.lora_rank, trained=1)
-    lengths = known.get(spec) or replace(question_lengths(spec.data), response=language.RESPONSE_TOKENS)
+    lengths = known.get(spec) or replace(question_lengths(spec.data), response=chat_specs.RESPONSE_TOKENS)
     count = lengths.accepted * _questions(spec.data)
     rows = Rows(count, lengths.prompt, lengths.response, longest=lengths.longest)
     rows = _in_batches(rows, lengths, spec.batch_size)
@@ -396,7 +397,7 @@ def _tuned(spec: language.Tuned, known: Mapping[Spec, Lengths]) -> Workload:
     )
 
 
-def _answer_reward(spec: language.AnswerReward, known: Mapping[Spec, Lengths]) -> Workload:
+def _answer_reward(spec: chat_specs.AnswerReward, known: Mapping[Spec, Lengths]) -> Workload:
     network = _language(spec.base, rank=spec.lora_rank, trained=1)
     reader = replace(network, trained=0, frozen=2)
     updates, scored, batch = [], [], 0.0
@@ -425,7 +426,7 @@ def _answer_reward(spec: language.AnswerReward, known: Mapping[Spec, Lengths]) -
     )
 
 
-def _aligned(spec: language.Aligned, known: Mapping[Spec, Lengths]) -> Workload:
+def _aligned(spec: chat_specs.Aligned, known: Mapping[Spec, Lengths]) -> Workload:
     shares = spec.shares_base
     network = _language(spec, rank=spec.lora_rank, trained=1, frozen=int(shares), reads_base=True)
     reward = network
@@ -433,15 +434,15 @@ def _aligned(spec: language.Aligned, known: Mapping[Spec, Lengths]) -> Workload:
         reward = _language(spec.reward_model.base, rank=spec.reward_model.lora_rank, frozen=2)
     lengths = known.get(spec)
     if lengths is None:
-        response = min(language.RESPONSE_TOKENS, spec.max_new_tokens)
-        longest = 1.5 * language.PROMPT_TOKENS + spec.max_new_tokens
-        lengths = Lengths(language.PROMPT_TOKENS, response, longest, SPREAD)
+        response = min(chat_specs.RESPONSE_TOKENS, spec.max_new_tokens)
+        longest = 1.5 * chat_specs.PROMPT_TOKENS + spec.max_new_tokens
+        lengths = Lengths(chat_specs.PROMPT_TOKENS, response, longest, SPREAD)
     phases = _updates(spec, network, reward, lengths, None, False)
     networks = (network,) if shares else (network, reward)
     return Workload(networks, phases, network.storage_bytes["adapter"], **_memory_for_time(spec))
 
 
-def _answer_scores(spec: language.AnswerScores, known: Mapping[Spec, Lengths]) -> Workload:
+def _answer_scores(spec: chat_specs.AnswerScores, known: Mapping[Spec, Lengths]) -> Workload:
     network = _language(spec.reward_model.base, rank=spec.reward_model.lora_rank, frozen=2)
     source, lengths = spec.answers, known.get(spec.answers) or question_lengths(spec.answers)
     group = max(1.0, lengths.distinct * source.num_samples)
@@ -479,10 +480,10 @@ _BY_KIND: dict[type[Spec], Callable[[Any, Mapping[Spec, Lengths]], Workload]] = 
     specs.Policy: _policy,
     specs.Scores: _scores,
     specs.MTBench: _mt_bench,
-    language.Chat: _chat,
-    language.Answers: _answers,
-    language.Tuned: _tuned,
-    language.AnswerReward: _answer_reward,
-    language.Aligned: _aligned,
-    language.AnswerScores: _answer_scores,
+    chat_specs.Chat: _chat,
+    chat_specs.Answers: _answers,
+    chat_specs.Tuned: _tuned,
+    chat_specs.AnswerReward: _answer_reward,
+    chat_specs.Aligned: _aligned,
+    chat_specs.AnswerScores: _answer_scores,
 }

@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 from torch import nn
 
-from rlhfscale.sequences import Sequences
+from rlhfscale.models.sequences import Sequences
 
 TextFunction = Callable[[list[str], list[str]], Sequence[float]]
 """``fn(prompts, responses)``: one number for each pair of texts, special tokens left out."""

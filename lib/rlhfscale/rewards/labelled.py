@@ -6,11 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from rlhfscale import tasks
-from rlhfscale.data.demonstrations import encode_prompts, token_ids
-from rlhfscale.data.responses import Responses, decode
-from rlhfscale.samplers.base import Completions
-from rlhfscale.sequences import Sequences
+from rlhfscale.models.sequences import Sequences
 
 
 @dataclass(frozen=True)
@@ -54,13 +50,6 @@ class Labelled:
         np.fmin.at(lowest, row, self.gold)
         np.fmax.at(highest, row, self.gold)
         return ~np.isnan(self.gold) & (lowest < highest)[row]
-
-    @classmethod
-    def from_responses(cls, responses: Responses, tokenizer: PreTrainedTokenizerBase | None = None) -> "Labelled":
-        """The study's labelled responses: a prompt's samples are a group, ``correct`` is an exactly right answer."""
-        group = np.repeat(np.arange(responses.num_prompts), responses.num_samples)
-        gold, correct = responses.gold.reshape(-1), responses.exact.reshape(-1).astype(np.float32)
-        return cls(response_sequences(responses, tokenizer), group, gold, correct)
 
     @classmethod
     def from_pairs(
@@ -138,43 +127,6 @@ class StepLabelled:
     def __getitem__(self, index: np.ndarray | slice) -> "StepLabelled":
         return StepLabelled(self.sequences[index], self.labels[index])
 
-    @classmethod
-    def from_completions(
-        cls,
-        problems: Sequence[tasks.Problem],
-        completions: Completions,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-    ) -> "StepLabelled":
-        """Label completions by the tasks' step checkers; ``completions`` holds the samples of each problem in a row."""
-        rows = zip(completions.ids, completions.lengths, strict=True)
-        responses = [row[:length].tolist() for row, length in rows]
-        prompts = _repeated(encode_prompts(problems), len(responses))
-        sequences = Sequences.join(prompts, responses, completions.finished, tokenizer)
-        return cls._graded(problems, sequences)
-
-    @classmethod
-    def from_responses(
-        cls, problems: Sequence[tasks.Problem], responses: Responses, tokenizer: PreTrainedTokenizerBase | None = None
-    ) -> "StepLabelled":
-        """The same for stored responses, whose problems are asked for again: they do not say which steps are right."""
-        return cls._graded(problems, response_sequences(responses, tokenizer))
-
-    @classmethod
-    def _graded(cls, problems: Sequence[tasks.Problem], sequences: Sequences) -> "StepLabelled":
-        """One label for each step end; an empty step begun by a separator at which the response was cut has none."""
-        num_steps = step_ends(sequences, study_step_ids()).sum(1)
-        labels = np.full((len(sequences), int(num_steps.max())), np.nan, np.float32)
-        for row, problem in enumerate(_repeated(problems, len(sequences))):
-            response = sequences.ids[row, sequences.prompt_lengths[row] : sequences.lengths[row]]
-            steps = tasks.grade(problem, decode(response.tolist()), bool(sequences.finished[row])).steps
-            labels[row, : num_steps[row]] = steps[: num_steps[row]]
-        return cls(sequences, labels)
-
-
-def study_step_ids() -> tuple[int, ...]:
-    """The token that closes a step in the study's tasks, as their tokenizer maps it."""
-    return (token_ids()[tasks.STEP],)
-
 
 def step_ends(sequences: Sequences, step_ids: Sequence[int]) -> np.ndarray:
     """bool [sequence, length]: the response's tokens that close a step, and its last token, which closes the last."""
@@ -208,14 +160,6 @@ def encode(
     return Sequences.join(heads, tails, finished, tokenizer, pad_id=0 if pad is None else pad)
 
 
-def response_sequences(responses: Responses, tokenizer: PreTrainedTokenizerBase | None = None) -> Sequences:
-    """Stored responses as sequences, the samples of each prompt in a row."""
-    ids, lengths = responses.sequences()
-    prompts = np.repeat(responses.prompt_lengths.astype(np.int64), responses.num_samples)
-    flat = ids.reshape(-1, ids.shape[2]), prompts, lengths.reshape(-1), responses.finished.reshape(-1)
-    return Sequences(*flat, tokenizer)
-
-
 def join(parts: Sequence[Sequences]) -> Sequences:
     """Several batches of sequences as one, with the first one's tokenizer."""
     width = max(part.ids.shape[1] for part in parts)
@@ -241,10 +185,3 @@ def _refuse(name: str, values: np.ndarray, good: np.ndarray, rule: str) -> None:
     if not good.all():
         sample = int(np.flatnonzero(~good)[0])
         raise ValueError(f"{name}: sample {sample} has {np.array2string(np.asarray(values[sample]))}; it {rule}")
-
-
-def _repeated(items: Sequence, count: int) -> list:
-    """Each item as often as it takes to make ``count``. Raises ValueError where that is no whole number."""
-    if not len(items) or count % len(items):
-        raise ValueError(f"{count} responses are not a whole number of samples to each of {len(items)} problems")
-    return [item for item in items for _ in range(count // len(items))]

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from rlhfscale.models.sequences import Sequences
 from rlhfscale.rewards import losses, outcome, process, scorer
 from rlhfscale.rewards.labelled import Labelled, StepLabelled, step_ends
-from rlhfscale.sequences import Sequences
 
 
 def train(

@@ -8,14 +8,13 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from rlhfscale.data.documents import bucketed_batches
-from rlhfscale.data.responses import Responses
+from rlhfscale.models.documents import bucketed_batches
+from rlhfscale.models.sequences import Sequences
 from rlhfscale.rewards import scorer
 from rlhfscale.rewards.base import chosen
-from rlhfscale.rewards.labelled import Labelled, response_sequences
+from rlhfscale.rewards.labelled import Labelled
 from rlhfscale.rewards.losses import by_group, multitask
 from rlhfscale.rewards.metrics import num_pairs, pair_accuracy
-from rlhfscale.sequences import Sequences
 
 __all__ = ["OutcomeRewardModel", "num_pairs", "pair_accuracy", "sequence_scores", "train"]
 
@@ -65,10 +64,6 @@ class OutcomeRewardModel(scorer.Scorer):
         scores = sequence_scores(self.model, sequences[first], self.readout, self.tokens_per_micro_batch)
         return scores.cpu().numpy()[inverse]
 
-    def score_responses(self, responses: Responses) -> np.ndarray:
-        """Raw scores of stored responses in the model's tokens, float32 [prompt, sample]."""
-        return self.score(response_sequences(responses)).reshape(responses.gold.shape)
-
 
 def sequence_scores(
     model: scorer.Scored, sequences: Sequences, readout: str, tokens: int = scorer.TOKENS_PER_MICRO_BATCH
@@ -94,7 +89,7 @@ def by_sequence(read: torch.Tensor, where: np.ndarray) -> torch.Tensor:
 
 def train(
     model: scorer.Scored,
-    data: Sequence[Responses | Labelled],
+    data: Sequence[Labelled],
     *,
     epochs: int,
     prompts_per_batch: int,
@@ -143,13 +138,12 @@ def train(
     )
     objective = _objective(loss, margin, centring, pointwise_weight)
     rng = np.random.default_rng(seed)
-    labelled = [Labelled.from_responses(part) if isinstance(part, Responses) else part for part in data]
-    if not any(_useful(part, loss).any() for part in labelled):
+    if not any(_useful(part, loss).any() for part in data):
         wanted = {"pairs": "responses of unequal gold", "pointwise": "a correctness label", "both": "labels"}[loss]
         raise ValueError(f"data: no prompt has {wanted}, so there is nothing to learn")
     trained = scorer.prepare(model, lora_rank, merge, rng)
     optimizers = scorer.optimizers(trained, lr, muon_lr)
-    batches = [batch for _ in range(epochs) for batch in batches_of(labelled, prompts_per_batch, loss, rng)]
+    batches = [batch for _ in range(epochs) for batch in batches_of(data, prompts_per_batch, loss, rng)]
 
     def loss_of(batch: Labelled) -> tuple[torch.Tensor, dict[str, float]]:
         first, inverse = scorer.distinct(batch.sequences)

@@ -6,12 +6,12 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from rlhfscale.data.documents import bucketed_batches
+from rlhfscale.models.documents import bucketed_batches
+from rlhfscale.models.sequences import Sequences
 from rlhfscale.rewards import losses, scorer
 from rlhfscale.rewards.base import chosen
 from rlhfscale.rewards.labelled import StepLabelled, step_ends
 from rlhfscale.rewards.metrics import sigmoid
-from rlhfscale.sequences import Sequences
 
 AGGREGATES = {"last": lambda p: p[-1], "min": np.min, "product": np.prod}
 

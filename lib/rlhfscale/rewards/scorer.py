@@ -12,10 +12,10 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhfscale import llama, lm, models, packing, parallel, sharding
+from rlhfscale.models import llama, lm, loading, packing, parallel, sharding
+from rlhfscale.models.sequences import Sequences
 from rlhfscale.rewards.base import Normalised, moments
 from rlhfscale.rewards.labelled import encode, nonempty
-from rlhfscale.sequences import Sequences
 
 TOKENS_PER_MICRO_BATCH = 16384
 Batch = TypeVar("Batch")
@@ -45,7 +45,7 @@ def _ready(model: Scored) -> Scored:
     trunk_and_head(model)[1].float()
     if not isinstance(model, PeftModel) and hasattr(model, "peft_config"):
         raise ValueError("model: it carries the adapters of another model already; load a base of its own")
-    return models.close_nf4_trap(model)
+    return loading.close_nf4_trap(model)
 
 
 def at_least_one(**values: int) -> None:
@@ -169,12 +169,12 @@ def prepare(model: Scored, lora_rank: int, merge: bool, rng: np.random.Generator
             raise ValueError(f"lora_rank: {lora_rank}, but the model has adapters of rank {rank}")
         model.set_adapter(model.active_adapter)
     elif lora_rank:
-        config = models.lora_config(lora_rank, 2.0 * lora_rank)
+        config = loading.lora_config(lora_rank, 2.0 * lora_rank)
         config.modules_to_save = ["score"]
         with torch.random.fork_rng():
             torch.manual_seed(int(rng.integers(2**31)))
             model = get_peft_model(model, config)
-    elif models.is_quantised(model):
+    elif loading.is_quantised(model):
         raise ValueError("lora_rank: 0, but a quantised model cannot be trained without adapters")
     elif sharding.is_sharded(model):
         raise ValueError("lora_rank: 0, but a sharded model cannot be trained without adapters")
@@ -237,7 +237,7 @@ def fit(
 
 
 def _check_merge(model: Scored) -> None:
-    if models.is_quantised(model):
+    if loading.is_quantised(model):
         raise ValueError("merge: adapters folded into quantised weights are rounded away; give merge=False")
     if sharding.is_sharded(model):
         raise ValueError("merge: no process holds all weights of a sharded model; give merge=False")
@@ -376,11 +376,11 @@ def _save_adapter(model: PeftModel, folder: Path) -> None:
 
 def _load_model(folder: Path, model: PreTrainedModel | None) -> Scored:
     if not (folder / "adapter_config.json").exists():
-        return models.load_scorer(folder) if model is None else model
+        return loading.load_scorer(folder) if model is None else model
     if model is None:
         base = Path(PeftConfig.from_pretrained(folder).base_model_name_or_path or "")
         if not (base / "config.json").exists():
             raise ValueError(f"{folder} holds adapters, but no base is at {str(base)!r}; give load(folder, model=base)")
         with torch.random.fork_rng():  # the base's own head is random where it is a language model
-            model = models.load_scorer(base)
+            model = loading.load_scorer(base)
     return PeftModel.from_pretrained(_ready(model), folder)  # a head of the base's precision would round the saved one

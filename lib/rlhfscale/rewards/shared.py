@@ -11,12 +11,12 @@ from peft import PeftConfig
 from safetensors.torch import load_file
 from torch import nn
 
-from rlhfscale.models import REWARD
+from rlhfscale.models.loading import REWARD
+from rlhfscale.models.sequences import Sequences
 from rlhfscale.rewards import scorer
 from rlhfscale.rewards.base import moments
 from rlhfscale.rewards.labelled import nonempty
 from rlhfscale.rewards.outcome import by_sequence, read_at
-from rlhfscale.sequences import Sequences
 
 
 class SharedReward:

@@ -10,10 +10,9 @@ from dataclasses import replace
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhfscale import networks
-from rlhfscale.models import POLICY
-from rlhfscale.networks import REFERENCE
+from rlhfscale.models.loading import POLICY
 from rlhfscale.rewards.base import Reward, TextFunction
+from rlhfscale.rl import networks
 from rlhfscale.rl.advantages import group_relative
 from rlhfscale.rl.config import GRPOConfig
 from rlhfscale.rl.kl import adapted, kl_terms
@@ -21,6 +20,7 @@ from rlhfscale.rl.learner import Learner
 from rlhfscale.rl.loop import Run, Trainer, learner_options, network_options
 from rlhfscale.rl.losses import clipped_surrogate, token_weights
 from rlhfscale.rl.metrics import rollout_metrics, summed
+from rlhfscale.rl.networks import REFERENCE
 from rlhfscale.rl.rollout import Evaluation, Prompt, Rollouts, evaluate, evaluate_all, evaluate_before_training
 from rlhfscale.samplers import Completions, hf
 

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from rlhfscale import parallel
-from rlhfscale.lm import Diverged
-from rlhfscale.paths import replace_file
+from rlhfscale.models import parallel
+from rlhfscale.models.files import replace_file
+from rlhfscale.models.lm import Diverged
 
 STATE = "state.json"
 

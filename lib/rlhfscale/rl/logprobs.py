@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from rlhfscale import sharding
+from rlhfscale.models import sharding
 
 CHUNK = 2**22
 """Logits held at a time; 16 MiB in float32."""

@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from rlhfscale import models, parallel
+from rlhfscale.models import loading, parallel
 from rlhfscale.rewards.base import as_reward
 from rlhfscale.rewards.shared import attach
 from rlhfscale.rl import learner
@@ -48,7 +48,7 @@ class Run:
         seed: int,
         config: Config,
     ):
-        models.token_ids(tokenizer)
+        loading.token_ids(tokenizer)
         self.tokenizer, self.reward, self.sampler = tokenizer, as_reward(reward), sampler
         self.seed, self.config = seed, config
         self.num_updates = 0

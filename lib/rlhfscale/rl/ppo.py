@@ -10,10 +10,9 @@ from dataclasses import replace
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhfscale import networks
-from rlhfscale.models import CRITIC, POLICY
-from rlhfscale.networks import REFERENCE
+from rlhfscale.models.loading import CRITIC, POLICY
 from rlhfscale.rewards.base import Reward, TextFunction
+from rlhfscale.rl import networks
 from rlhfscale.rl.advantages import gae, whiten
 from rlhfscale.rl.config import PPOConfig
 from rlhfscale.rl.kl import adapted, kl_terms
@@ -21,6 +20,7 @@ from rlhfscale.rl.learner import Learner
 from rlhfscale.rl.loop import Run, Trainer, learner_options, network_options
 from rlhfscale.rl.losses import clipped_surrogate, clipped_value, token_weights
 from rlhfscale.rl.metrics import explained_variance, rollout_metrics, summed
+from rlhfscale.rl.networks import REFERENCE
 from rlhfscale.rl.rollout import (
     Evaluation,
     Prompt,

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from rlhfscale import packing, parallel
+from rlhfscale.models import packing, parallel
+from rlhfscale.models.sequences import Sequences
 from rlhfscale.rewards.base import checked
 from rlhfscale.rl.logprobs import response_tokens, token_logprobs, with_entropy_gradient
 from rlhfscale.samplers import together
 from rlhfscale.samplers.base import Completions
-from rlhfscale.sequences import Sequences
 
 Prompt = str | Sequence[int] | Sequence[dict[str, str]]
 """Text, token ids, or a conversation for the tokenizer's chat template."""

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from rlhfscale import llama
+from rlhfscale.models import llama
 from rlhfscale.samplers import vllm
 
 TINY = 20_000_000

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
-from rlhfscale import llama, parallel, sharding
+from rlhfscale.models import llama, parallel, sharding
 from rlhfscale.samplers.base import Completions, check, end_tokens, uniforms
 
 

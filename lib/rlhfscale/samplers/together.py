@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlhfscale import parallel
+from rlhfscale.models import parallel
 from rlhfscale.samplers.base import Completions
 
 

@@ -41,7 +41,7 @@ import numpy as np
 from safetensors import safe_open
 from transformers import PreTrainedTokenizerBase
 
-from rlhfscale.models import POLICY
+from rlhfscale.models.loading import POLICY
 from rlhfscale.samplers.base import Completions, check, end_tokens
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)

@@ -279,3 +279,17 @@ def _evaluate(statistic: Statistic, draws) -> np.ndarray:
         bad = int((~np.isfinite(results)).reshape(len(results), -1).any(axis=1).sum())
         raise ValueError(f"the statistic is not finite in {bad} of {len(results)} draws")
     return results
+
+
+def summary_row(quantity: str, interval: Interval, **conditions: Any) -> dict[str, Any]:
+    """A row of summary.csv from a scalar interval and the values of condition columns."""
+    return {
+        "quantity": quantity,
+        **conditions,
+        "estimate": interval.estimate,
+        "ci_low": interval.low,
+        "ci_high": interval.high,
+        "ci_method": interval.method,
+        "num_seeds": interval.num_seeds,
+        "num_prompts": interval.num_prompts,
+    }

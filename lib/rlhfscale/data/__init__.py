@@ -1,1 +1,0 @@
-"""Training sets made from the task universe: documents to imitate and labelled responses to compare."""
