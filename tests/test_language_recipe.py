@@ -150,7 +150,7 @@ def test_there_are_as_many_questions_as_a_tier_asks_for(tier):
 def test_a_plan_needs_neither_torch_nor_the_network():
     code = (
         "import socket, sys; socket.socket.connect = lambda *a: sys.exit('network');"
-        "from rlhfscale import registry, runner; from pathlib import Path; from rlhfscale.runs.store import Store;"
+        "from rlhfscale.study import registry, runner; from pathlib import Path; from rlhfscale.runs.store import Store;"
         "figures = runner.load_figures('paper', [], Path('results'));"
         "todo = runner.plan(figures, Store(sys.argv[1]), 2);"
         "print(len(todo.to_run), 'torch' in sys.modules, 'transformers' in sys.modules)"

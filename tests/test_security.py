@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-import rlhfscale.registry  # noqa: F401  (registers the figures)
+import rlhfscale.study.registry  # noqa: F401  (registers the figures)
 import yaml
 
 from rlhfscale.bed import tasks
