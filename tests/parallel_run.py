@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 import tiny_rl
+from rlhfscale.bed import labels
 from rlhfscale.chat.finetune import finetune
 from rlhfscale.models import parallel
 from rlhfscale.models.sequences import Sequences
@@ -40,7 +41,7 @@ def fine_tuning() -> tuple[dict, list]:
 def reward_model(lora_rank: int, folder: Path) -> tuple[dict, list]:
     options = {"epochs": 2, "prompts_per_batch": 7, "lr": 1e-2, "muon_lr": 1e-2, "readout": "sum", "seed": (0,)}
     options |= {"lora_rank": lora_rank, "merge": False}
-    model, records = outcome.train(new_scorer(folder), [planted(24, 0)], **options)
+    model, records = outcome.train(new_scorer(folder), [labels.labelled(planted(24, 0))], **options)
     return dict(model.named_parameters()), [record["loss"] for record in records]
 
 

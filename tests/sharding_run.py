@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import tiny
 import tiny_rl
 from parallel_run import demonstrations, keep
+from rlhfscale.bed import labels
 from rlhfscale.chat.finetune import finetune
 from rlhfscale.models import loading, parallel, sharding
 from rlhfscale.rewards import OutcomeRewardModel, outcome, process, scorer
@@ -80,7 +81,12 @@ def runs(base: Path, dtype: str, saved: Path) -> dict[str, Callable[[], tuple[di
     made = {
         "sft": lambda: fine_tuning(load(base, dtype)),
         "outcome": lambda: reward_model(
-            scored(), outcome.train, planted(24, 0), saved / f"outcome-{dtype}", prompts_per_batch=7, readout="sum"
+            scored(),
+            outcome.train,
+            labels.labelled(planted(24, 0)),
+            saved / f"outcome-{dtype}",
+            prompts_per_batch=7,
+            readout="sum",
         ),
         "ppo": lambda: policy(load(base, dtype), folder=saved / f"ppo-{dtype}"),
         "ppo-separate": lambda: policy(load(base, dtype), critic="separate", gradient_checkpointing=True),
@@ -151,9 +157,9 @@ def refusals(base: Path, folder: Path) -> dict[str, str]:
     asked = {
         "all weights": lambda: networks.build(model, adapter="none"),
         "all weights of a reward model": lambda: outcome.train(
-            scored, [planted(4, 0)], lora_rank=0, merge=False, **options
+            scored, [labels.labelled(planted(4, 0))], lora_rank=0, merge=False, **options
         ),
-        "merge": lambda: outcome.train(scored, [planted(4, 0)], lora_rank=4, **options),
+        "merge": lambda: outcome.train(scored, [labels.labelled(planted(4, 0))], lora_rank=4, **options),
         "merged": ours.merged_policy,
         "save": lambda: OutcomeRewardModel(scored, None).save(folder / "refused"),
         "twice": lambda: sharding.shard(model),

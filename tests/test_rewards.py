@@ -486,6 +486,7 @@ def planted(num_prompts, seed, samples=4):
 def train(model, lora_rank, data=None, readout="last", **options):
     settings = {"epochs": 3, "prompts_per_batch": 16, "lr": 1e-2, "muon_lr": 1e-2, "seed": (0,)} | options
     data = data or [planted(200, 0), planted(120, 1)]
+    data = [labels.labelled(part) if isinstance(part, Responses) else part for part in data]
     return outcome.train(model, data, lora_rank=lora_rank, readout=readout, **settings)
 
 
