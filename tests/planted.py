@@ -8,12 +8,12 @@ import numpy as np
 import pandas as pd
 from safetensors.numpy import save_file
 
+import rlhfscale.claims  # noqa: F401  registers the figures
 from rlhfscale.bed import ladder, specs
 from rlhfscale.bed.responses import Responses
-from rlhfscale.study import params, registry
+from rlhfscale.study import params
 from rlhfscale.study.results import ResultsFolder
 
-assert registry
 RUNG_STEPS = {name: step for step, name in enumerate(ladder.RUNGS)}
 
 

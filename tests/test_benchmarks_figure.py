@@ -5,11 +5,11 @@ import pandas as pd
 import pytest
 
 from rlhfscale.bed import stages
+from rlhfscale.claims import benchmarks
 from rlhfscale.evals import alpaca_eval, planted, revisions, sources
 from rlhfscale.runs import grid
 from rlhfscale.runs.store import Store
-from rlhfscale.study import figures, params, style
-from rlhfscale.study import tables as study
+from rlhfscale.study import params
 from rlhfscale.study.params import ParamsError
 from rlhfscale.study.results import ResultsFolder
 
@@ -23,7 +23,7 @@ def nothing_installed(monkeypatch, tmp_path):
 
 
 def smoke(**change):
-    return figures.Benchmarks.parse(params.load("30_benchmarks", "smoke").resolved() | SMOKE | change)
+    return benchmarks.Params.parse(params.load("30_benchmarks", "smoke").resolved() | SMOKE | change)
 
 
 def covered(P, folder):
@@ -59,20 +59,20 @@ def test_coverage_of_the_refitting_interval():
 
 
 def test_wilson_by_hand():
-    assert study.proportion_interval(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
-    assert study.proportion_interval(1.0, 10)[1] == pytest.approx(1)
+    assert benchmarks.proportion_interval(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
+    assert benchmarks.proportion_interval(1.0, 10)[1] == pytest.approx(1)
 
 
 def test_without_anything_installed_the_figure_is_made_and_says_what_to_install(nothing_installed, tmp_path):
     P = smoke()
     made = covered(P, tmp_path / "coverage")
     assert P.specs() == (P.coverage,) and "make setup EXTRAS=judge" in " ".join(P.missing)
-    tables = study.benchmarks(P, made)
-    note = study.mt_bench_note(P, tables)
+    tables = benchmarks.measure(P, made)
+    note = benchmarks.mt_bench_note(P, tables)
     assert "was not run here" in note and "EXTRAS=judge" in note and "EXTRAS=smollm2" in note
     assert "mt_bench.csv" not in tables.extra
-    figure = style.benchmarks(tables.summary, None)
-    folder = study.save(P, tables, {"figure": figure}, made, 1.0)
+    figure = benchmarks.draw(tables.summary, None)
+    folder = tables.save(P, {"figure": figure}, made, 1.0)
     assert folder.parts[-2:] == ("custom", "30_benchmarks") and (folder / "figure.png").stat().st_size > 5000
 
 
@@ -81,10 +81,10 @@ def test_an_earlier_table_of_the_same_parameters_is_kept(nothing_installed, tmp_
     row = {"quantity": "mt_bench/win_rate_adjusted", "estimate": 0.5, "ci_low": 0.4, "ci_high": 0.6, "num_prompts": 8}
     rows = pd.DataFrame([row, row | {"quantity": "mt_bench/extra_chars"}]).assign(judge="hf:x", params_hash=P.hash)
     ResultsFolder("30_benchmarks", tier="custom").write_table("mt_bench.csv", rows)
-    tables = study.benchmarks(P, covered(P, tmp_path / "coverage"))
-    assert "earlier run's" in study.mt_bench_note(P, tables)
-    style.benchmarks(tables.summary, tables.extra["mt_bench.csv"])
-    assert "mt_bench.csv" not in study.benchmarks(other, covered(other, tmp_path / "other")).extra
+    tables = benchmarks.measure(P, covered(P, tmp_path / "coverage"))
+    assert "earlier run's" in benchmarks.mt_bench_note(P, tables)
+    benchmarks.draw(tables.summary, tables.extra["mt_bench.csv"])
+    assert "mt_bench.csv" not in benchmarks.measure(other, covered(other, tmp_path / "other")).extra
 
 
 @pytest.mark.parametrize(

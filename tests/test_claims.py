@@ -7,20 +7,13 @@ import pandas as pd
 import pytest
 from scipy import stats
 
+from rlhfscale.claims import c05_responses_per_prompt as c05
+from rlhfscale.claims import c09_algorithms as c09
 from rlhfscale.stats.bootstrap import Interval, nested_bootstrap
 from rlhfscale.stats.fits import slope_per_doubling
-from rlhfscale.study import study_sweeps
+from rlhfscale.study.ledger import write_ledger
 from rlhfscale.study.results import ResultsFolder
-from rlhfscale.study.rules import (
-    CLAIMS,
-    EQUIVALENCE_MARGIN,
-    ClaimResult,
-    Part,
-    Rule,
-    judge,
-    seeds_to_settle,
-    write_ledger,
-)
+from rlhfscale.study.rules import CLAIMS, ClaimResult, Part, Rule, seeds_to_settle
 
 
 def interval(low, high, **changes):
@@ -36,7 +29,7 @@ def test_c1_on_planted_gains(slope, verdict):
     mean = 0.1 + slope * np.log2(sizes / 25e3)
     gains = mean[:, None, None] + 0.01 * rng.standard_normal((5, 5, 1)) + 0.2 * rng.standard_normal((5, 5, 100))
     found = nested_bootstrap(gains, lambda m: slope_per_doubling(sizes, m), num_draws=200, rng=rng, on="means")
-    assert judge("C1", found).verdict == verdict
+    assert CLAIMS["C1"].judge(found).verdict == verdict
 
 
 @pytest.mark.parametrize(
@@ -46,8 +39,8 @@ def test_c1_on_planted_gains(slope, verdict):
 )  # fmt: skip
 def test_c6_is_on_the_other_side_of_zero_than_c1(ends, verdict):
     mirrored = {"reproduced": "contradicted", "contradicted": "reproduced"}.get(verdict, verdict)
-    assert judge("C6", interval(*ends)).verdict == verdict
-    assert judge("C1", interval(*ends)).verdict == mirrored
+    assert CLAIMS["C6"].judge(interval(*ends)).verdict == verdict
+    assert CLAIMS["C1"].judge(interval(*ends)).verdict == mirrored
 
 
 YES, NO, OPEN = interval(1, 2), interval(-2, -1), interval(-1, 1)
@@ -89,7 +82,7 @@ def test_c2_on_planted_gains(ppo, best_of_n, verdict):
         return np.array([of_ppo, of_best - of_ppo])
 
     found = nested_bootstrap(gains, slopes, num_draws=300, rng=rng, on="means").split()
-    assert judge("C2", dict(zip(CLAIMS["C2"].rule.intervals, found, strict=True))).verdict == verdict
+    assert CLAIMS["C2"].judge(dict(zip(CLAIMS["C2"].rule.intervals, found, strict=True))).verdict == verdict
 
 
 @pytest.mark.parametrize(
@@ -102,8 +95,8 @@ def test_c5_on_planted_ladders(doublings, verdict):
     rng = np.random.default_rng(6)
     means = 0.5 + np.cumsum([0, *doublings])
     values = means[:, None, None] + 0.003 * rng.standard_normal((6, 5, 1)) + 0.2 * rng.standard_normal((5, 400))
-    found = nested_bootstrap(values, study_sweeps.first_and_last_doubling, num_draws=300, rng=rng, on="means").split()
-    assert judge("C5", dict(zip(CLAIMS["C5"].rule.intervals, found, strict=True))).verdict == verdict
+    found = nested_bootstrap(values, c05.first_and_last_doubling, num_draws=300, rng=rng, on="means").split()
+    assert CLAIMS["C5"].judge(dict(zip(CLAIMS["C5"].rule.intervals, found, strict=True))).verdict == verdict
 
 
 GAIN = interval(0.04, 0.05)
@@ -117,13 +110,13 @@ GAIN = interval(0.04, 0.05)
 )  # fmt: skip
 def test_c9_is_a_test_for_equivalence(ends, verdict):
     """A difference shown to be small counts as none, even one shown not to be 0; failing to show one does not."""
-    assert judge("C9", {"GRPO minus PPO": interval(*ends), "PPO gain": GAIN}).verdict == verdict
+    assert CLAIMS["C9"].judge({"GRPO minus PPO": interval(*ends), "PPO gain": GAIN}).verdict == verdict
 
 
 @pytest.mark.parametrize("gain", [(0.0, 0.0), (0.005, 0.015), (-0.04, -0.02)])
 def test_c9_says_nothing_of_policies_that_learned_nothing(gain):
     for difference in (interval(-0.001, 0.001), interval(0.02, 0.03)):
-        assert judge("C9", {"GRPO minus PPO": difference, "PPO gain": interval(*gain)}).verdict == "inconclusive"
+        assert CLAIMS["C9"].judge({"GRPO minus PPO": difference, "PPO gain": interval(*gain)}).verdict == "inconclusive"
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.009, 0.03])
@@ -134,23 +127,24 @@ def test_c9_keeps_its_error_rate(shift):
     for _ in range(200):
         values = shift + 0.003 * rng.standard_normal((5, 1)) + 0.02 * rng.standard_normal((5, 60))
         found = nested_bootstrap(values, np.mean, num_draws=100, rng=rng, on="means")
-        verdicts.append(judge("C9", {"GRPO minus PPO": found, "PPO gain": GAIN}).verdict)
+        verdicts.append(CLAIMS["C9"].judge({"GRPO minus PPO": found, "PPO gain": GAIN}).verdict)
     share = {verdict: verdicts.count(verdict) / len(verdicts) for verdict in set(verdicts)}
     if shift == 0:
         assert share["reproduced"] >= 0.9
-    elif shift < EQUIVALENCE_MARGIN:
+    elif shift < c09.EQUIVALENCE_MARGIN:
         assert share.get("reproduced", 0) < 0.3 and share.get("contradicted", 0) <= 0.025
     else:
         assert share["contradicted"] >= 0.9
 
 
 def test_an_equivalence_has_one_row_for_each_interval(tmp_path):
-    result = judge("C9", {"GRPO minus PPO": interval(-0.004, 0.014), "PPO gain": GAIN})
+    result = CLAIMS["C9"].judge({"GRPO minus PPO": interval(-0.004, 0.014), "PPO gain": GAIN})
     ResultsFolder("09_algorithms", "smoke", tmp_path).write_claims([result])
+    write_ledger(tmp_path / "smoke")
     table = pd.read_csv(tmp_path / "smoke" / "claims.csv")
     assert table["estimate"].tolist() == [0.005, 0.045] and table["seeds_to_settle"][0].startswith("about ")
     assert pd.isna(table["seeds_to_settle"][1])
-    failed = judge("C9", {"GRPO minus PPO": interval(-0.004, 0.004), "PPO gain": interval(-0.04, -0.02)})
+    failed = CLAIMS["C9"].judge({"GRPO minus PPO": interval(-0.004, 0.004), "PPO gain": interval(-0.04, -0.02)})
     ResultsFolder("09_algorithms", "smoke", tmp_path).write_claims([failed])
     assert pd.read_csv(tmp_path / "smoke" / "claims.csv")["seeds_to_settle"].isna().all()  # no seeds would help
     assert "GRPO minus PPO < 0.01 and GRPO minus PPO > -0.01" in table["rule"][0]
@@ -158,7 +152,7 @@ def test_an_equivalence_has_one_row_for_each_interval(tmp_path):
 
 def test_unknown_claims_are_refused():
     with pytest.raises(ValueError, match=r"C99.*C1, C2, .*, C10"):
-        judge("C99", YES)
+        CLAIMS["C99"].judge(YES)
 
 
 def test_every_registered_claim_has_a_rule_with_an_interval():
@@ -183,7 +177,10 @@ def test_seeds_to_settle():
 
 
 def test_ledger_round_trip(tmp_path):
-    figures = {"06_best_of_n": judge("C6", interval(-0.05, -0.01)), "01_policy_size": judge("C1", interval(-2, 1.0))}
+    figures = {
+        "06_best_of_n": CLAIMS["C6"].judge(interval(-0.05, -0.01)),
+        "01_policy_size": CLAIMS["C1"].judge(interval(-2, 1.0)),
+    }
     for figure, result in figures.items():
         ResultsFolder(figure, "smoke", tmp_path).write_claims([result])
         stored = json.loads((tmp_path / "smoke" / figure / "claims.json").read_text())

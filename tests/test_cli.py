@@ -68,7 +68,7 @@ def project(tmp_path, monkeypatch):
         write_notebook(tmp_path / "notebooks" / f"{name}.ipynb", PARAMETERS, BODY.format(schema=schema))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-    monkeypatch.setitem(sys.modules, "rlhfscale.study.registry", toy_stages)
+    monkeypatch.setitem(sys.modules, "rlhfscale.claims", toy_stages)
     for name in ("RLHFSCALE_STORE", "RLHFSCALE_RESULTS", "RLHFSCALE_TIER"):
         monkeypatch.delenv(name, raising=False)
     handler = signal.getsignal(signal.SIGTERM)
@@ -84,7 +84,7 @@ def start_run() -> subprocess.Popen:
     """`rlhfscale run` of the first toy figure, in a process of its own."""
     script = textwrap.dedent("""
         import sys, toy_stages
-        sys.modules["rlhfscale.study.registry"] = toy_stages
+        sys.modules["rlhfscale.claims"] = toy_stages
         from rlhfscale.cli import app
         app()
     """)

@@ -9,9 +9,18 @@ import pytest
 from rlhfscale.bed import ladder, rungs, specs
 from rlhfscale.bed.recipe import Recipe
 from rlhfscale.chat import specs as chat_specs
-from rlhfscale.claims import readme
+from rlhfscale.claims import benchmarks, learning_rates, readme, test_bed
+from rlhfscale.claims import c01_policy_size as c01
+from rlhfscale.claims import c02_reward_model_size as c02
+from rlhfscale.claims import c03_training_data as c03
+from rlhfscale.claims import c04_prompt_vs_response_diversity as c04
+from rlhfscale.claims import c05_responses_per_prompt as c05
+from rlhfscale.claims import c06_best_of_n as c06
+from rlhfscale.claims import c08_process_supervision as c08
+from rlhfscale.claims import c09_algorithms as c09
+from rlhfscale.claims import c10_pretraining_vs_rlhf as c10
 from rlhfscale.runs.paths import project_root
-from rlhfscale.study import figures, params, sweeps, sweeps_compute, sweeps_data, sweeps_process, tables
+from rlhfscale.study import params, recipes, tables
 from rlhfscale.study.params import ParamsError
 
 ROOT = project_root()
@@ -20,20 +29,20 @@ FILES = [path for tier in TIERS for path in sorted((ROOT / "params" / tier).glob
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 EXECUTED = sorted((ROOT / "results").glob("laptop/*/notebook.ipynb"))
 GOOD = {
-    "best_of_n": (figures.BestOfN, params.read_yaml(ROOT / "params/smoke/06_best_of_n.yaml")),
-    "policy_size": (figures.PolicySize, params.read_yaml(ROOT / "params/smoke/01_policy_size.yaml")),
-    "test_bed": (figures.TestBed, params.read_yaml(ROOT / "params/smoke/00_test_bed.yaml")),
-    "reward": (sweeps.RewardModelSize, params.read_yaml(ROOT / "params/smoke/02_reward_model_size.yaml")),
-    "responses": (sweeps.ResponsesPerPrompt, params.read_yaml(ROOT / "params/smoke/05_responses_per_prompt.yaml")),
-    "data": (sweeps_data.TrainingData, params.read_yaml(ROOT / "params/smoke/03_training_data.yaml")),
+    "best_of_n": (c06.Params, params.read_yaml(ROOT / "params/smoke/06_best_of_n.yaml")),
+    "policy_size": (c01.Params, params.read_yaml(ROOT / "params/smoke/01_policy_size.yaml")),
+    "test_bed": (test_bed.Params, params.read_yaml(ROOT / "params/smoke/00_test_bed.yaml")),
+    "reward": (c02.Params, params.read_yaml(ROOT / "params/smoke/02_reward_model_size.yaml")),
+    "responses": (c05.Params, params.read_yaml(ROOT / "params/smoke/05_responses_per_prompt.yaml")),
+    "data": (c03.Params, params.read_yaml(ROOT / "params/smoke/03_training_data.yaml")),
     "grid": (
-        sweeps_data.PromptsOrResponses,
+        c04.Params,
         params.read_yaml(ROOT / "params/smoke/04_prompt_vs_response_diversity.yaml"),
     ),
-    "process": (sweeps_process.ProcessSupervision, params.read_yaml(ROOT / "params/smoke/08_process_supervision.yaml")),
-    "compute": (sweeps_compute.ComputeReturns, params.read_yaml(ROOT / "params/smoke/10_pretraining_vs_rlhf.yaml")),
-    "rates": (sweeps.LearningRates, params.read_yaml(ROOT / "params/smoke/00_learning_rates.yaml")),
-    "algorithms": (sweeps.Algorithms, params.read_yaml(ROOT / "params/smoke/09_algorithms.yaml")),
+    "process": (c08.Params, params.read_yaml(ROOT / "params/smoke/08_process_supervision.yaml")),
+    "compute": (c10.Params, params.read_yaml(ROOT / "params/smoke/10_pretraining_vs_rlhf.yaml")),
+    "rates": (learning_rates.Params, params.read_yaml(ROOT / "params/smoke/00_learning_rates.yaml")),
+    "algorithms": (c09.Params, params.read_yaml(ROOT / "params/smoke/09_algorithms.yaml")),
 }
 
 
@@ -62,7 +71,7 @@ def eval_literal(text):
 
 def test_figures_share_their_nodes():
     bed, size = (params.load(name, "laptop") for name in ("00_test_bed", "01_policy_size"))
-    alone = figures.PolicySize(**size.model_dump() | {"other_rungs": (), "other_seeds": ()})
+    alone = c01.Params(**size.model_dump() | {"other_rungs": (), "other_seeds": ()})
     assert {spec.key for spec in alone.specs()} <= {spec.key for spec in bed.specs()}
     known, new = _nodes("00_test_bed", "01_policy_size", "06_best_of_n"), {}
     for name in ("02_reward_model_size", "05_responses_per_prompt", "09_algorithms"):
@@ -82,7 +91,7 @@ def _nodes(*names):
 def test_a_sweep_of_responses_moves_nothing_else():
     """Equal optimiser steps in every cell, equal prompts or equal roll-outs, and one response of the recipe's PPO."""
     found = params.load("05_responses_per_prompt", "laptop")
-    recipe = Recipe.load("laptop")
+    recipe = recipes.load("laptop")
     fixed = {
         "sft",
         "reward_model",
@@ -106,7 +115,7 @@ def test_a_sweep_of_responses_moves_nothing_else():
 
 
 def test_a_rung_may_have_a_rate_of_its_own():
-    recipe = Recipe.load("laptop").model_copy(update={"ppo_policy_lr_of": {"14k": 0.5}})
+    recipe = recipes.load("laptop").model_copy(update={"ppo_policy_lr_of": {"14k": 0.5}})
     assert recipe.policy("14k", "150k", 1).policy_lr == 0.5
     assert recipe.policy("55k", "150k", 1).policy_lr == recipe.ppo_policy_lr
     assert recipe.policy("14k", "150k", 1, algorithm="rloo", responses=2).policy_lr == recipe.rloo_policy_lr
@@ -115,15 +124,15 @@ def test_a_rung_may_have_a_rate_of_its_own():
 @pytest.mark.parametrize(("rates", "words"), [({"15k": 0.1}, "ppo_policy_lr_of: .*15k"), ({"14k": 0.0}, "above 0")])
 def test_a_rate_of_no_rung_and_no_rate_are_refused(rates, words):
     with pytest.raises(ValueError, match=words):
-        Recipe(**Recipe.load("laptop").model_dump() | {"ppo_policy_lr_of": rates})
+        Recipe(**recipes.load("laptop").model_dump() | {"ppo_policy_lr_of": rates})
 
 
 def test_figures_use_neither_the_seed_nor_the_prompts_the_settings_were_chosen_on():
     measured = [loaded for file in FILES if not (loaded := params.load(file)).reads_results]
-    chosen_on = [loaded for loaded in measured if isinstance(loaded, sweeps.LearningRates)]
+    chosen_on = [loaded for loaded in measured if isinstance(loaded, learning_rates.Params)]
     for loaded in measured:
         evaluations = [spec for spec in loaded.specs() if isinstance(spec, specs.Samples | chat_specs.Answers)]
-        assert evaluations or isinstance(loaded, figures.Benchmarks)
+        assert evaluations or isinstance(loaded, benchmarks.Params)
         if loaded in chosen_on:
             assert all(spec.prompt_seed == 0 for spec in evaluations)
             continue
@@ -223,22 +232,22 @@ def test_bad_recipes_name_file_and_field(tmp_path, monkeypatch, line, words):
     (tmp_path / "params" / "broken" / "recipe.yaml").write_text(f"{text}{line}\n")
     monkeypatch.setattr("rlhfscale.bed.recipe.project_root", lambda: tmp_path)
     with pytest.raises(ParamsError, match=r"^params/broken/recipe.yaml: ") as caught:
-        Recipe.load("broken")
-    Recipe.load.cache_clear()
+        recipes.load("broken")
+    recipes.load.cache_clear()
     for word in words:
         assert word in str(caught.value)
 
 
 def test_playing_with_parameters_leaves_a_tiers_results_alone():
     committed = params.load("01_policy_size", "laptop")
-    played = figures.PolicySize(**committed.model_dump() | {"seeds": (1, 2, 3)})
+    played = c01.Params(**committed.model_dump() | {"seeds": (1, 2, 3)})
     assert tables.command(committed) == "make figures TIER=laptop FIGURE=01_policy_size"
     assert "manifest.json" in tables.command(played)
 
 
 def test_every_recipe_setting_changes_some_artifact():
     """A setting that changes nothing would be a lie in the file."""
-    recipe = Recipe.load("smoke")
+    recipe = recipes.load("smoke")
 
     def keys(settings):
         policy = settings.policy("25k", "14k", seed=1)

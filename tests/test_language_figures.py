@@ -12,28 +12,25 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 import tiny_chat
-from rlhfscale.bed.recipe import Recipe
 from rlhfscale.chat import checkpoints
 from rlhfscale.chat import specs as chat_specs
 from rlhfscale.chat import stages as chat_stages
 from rlhfscale.chat.answers import Answers
 from rlhfscale.chat.checkpoints import Checkpoint
 from rlhfscale.chat.recipe import CheckpointRecipe
+from rlhfscale.claims import c01_policy_size as c01
+from rlhfscale.claims import c02_reward_model_size as c02
+from rlhfscale.claims import c03_training_data as c03
+from rlhfscale.claims import c04_prompt_vs_response_diversity as c04
+from rlhfscale.claims import c05_responses_per_prompt as c05
+from rlhfscale.claims import c06_best_of_n as c06
+from rlhfscale.claims import c09_algorithms as c09
+from rlhfscale.claims import learning_rates, real_model
 from rlhfscale.models.shapes import Shape
 from rlhfscale.runs import grid, worker
 from rlhfscale.runs.pool import Outcome, Pool
 from rlhfscale.runs.store import Store
-from rlhfscale.study import (
-    params,
-    plots_data,
-    plots_sweeps,
-    real_model,
-    real_model_tables,
-    study_data,
-    study_sweeps,
-    style,
-)
-from rlhfscale.study import tables as study
+from rlhfscale.study import artifacts, params, recipes
 
 pytest.importorskip("reasoning_gym", reason="make setup EXTRAS=smollm2")
 
@@ -133,9 +130,9 @@ def project(tmp_path_factory):
         patch.setattr(checkpoints, "download", lambda found: root / found.name)
         patch.setattr(grid, "LocalPool", Here)
         patch.chdir(root)
-        Recipe.load.cache_clear()
+        recipes.load.cache_clear()
         yield Project(Store(root / "store"))
-    Recipe.load.cache_clear()
+    recipes.load.cache_clear()
 
 
 def finite(tables, quantities):
@@ -154,46 +151,46 @@ def verdict(tables, claim):
 
 def test_c1_policies_of_both_sizes_against_a_reward_model_of_either(project):
     P, made = project.made("01_policy_size")
-    tables = study.policy_size(P, made)
+    tables = c01.measure(P, made)
     verdict(tables, "C1")
     found = finite(tables, ["sampled_exact", "gain", "gain_slope", "other_gain", "other_gain_slope"])
     assert found.loc["gain", "num_params"].tolist() == [shape(16).num_params, shape(32).num_params]
-    assert len(study.training_metrics(P, made)) == 2 * 2 * RECIPE["ppo_updates"]
-    assert style.policy_size(tables.runs, tables.summary)
-    assert study.save(P, tables, {}, made, 1.0).parent.name == "tiny"  # a tier's own parameters
+    assert len(c01.training_metrics(P, made)) == 2 * 2 * RECIPE["ppo_updates"]
+    assert c01.draw(tables.runs, tables.summary)
+    assert tables.save(P, {}, made, 1.0).parent.name == "tiny"  # a tier's own parameters
 
 
 def test_c2_reward_models_of_both_sizes_judge_one_policy(project):
     P, made = project.made("02_reward_model_size")
-    tables = study_sweeps.reward_model_size(P, made)
+    tables = c02.measure(P, made)
     verdict(tables, "C2")
     finite(tables, ["pair_accuracy", "best_of_n_gain", "ppo_gain", "slope_difference"])
-    assert plots_sweeps.reward_model_size(tables.runs, tables.summary)
+    assert c02.draw(tables.runs, tables.summary)
 
 
 def test_c6_best_of_n_with_votes(project):
     P, made = project.made("06_best_of_n")
-    tables = study.best_of_n(P, made)
+    tables = c06.measure(P, made)
     verdict(tables, "C6")
     found = finite(tables, ["best_of_n", "pass_at_n", "majority_vote", "early_minus_late_gain"])
     assert (found.loc["pass_at_n", "estimate"].diff().iloc[1:] >= 0).all()
     assert found.loc["majority_vote", "estimate"].nunique() > 1
-    assert style.best_of_n(tables.runs, tables.summary)
+    assert c06.draw(tables.runs, tables.summary)
 
 
 def test_c3_training_data(project):
     P, made = project.made("03_training_data")
-    tables = study_data.training_data(P, made)
+    tables = c03.measure(P, made)
     verdict(tables, "C3")
     finite(tables, ["sampled_exact", "first_quarter", "rest_minus_half_of_first"])
     curves = tables.extra["training.csv"]
     assert len(curves) == 2 * (4 + 16) and curves["gold"].between(0, 1).all() and (curves["gold"] == curves.exact).all()
-    assert plots_data.training_data(tables.runs, tables.summary, curves)
+    assert c03.draw(tables.runs, tables.summary, curves)
 
 
 def test_c4_prompts_or_responses(project):
     P, made = project.made("04_prompt_vs_response_diversity")
-    tables = study_data.prompts_or_responses(P, made)
+    tables = c04.measure(P, made)
     verdict(tables, "C4")
     finite(tables, ["pair_accuracy", "best_of_n_gain", "pair_accuracy_difference"])
     half, whole = P.reward_model(64, 4, 1), P.reward_model(128, 4, 1)
@@ -206,15 +203,15 @@ def test_c4_prompts_or_responses(project):
 
 def test_c5_responses_per_prompt(project):
     P, made = project.made("05_responses_per_prompt")
-    tables = study_sweeps.responses_per_prompt(P, made)
+    tables = c05.measure(P, made)
     verdict(tables, "C5")
     finite(tables, ["gain", "doubling_gain", "first_doublings"])
-    assert plots_sweeps.responses_per_prompt(tables.runs, tables.summary)
+    assert c05.draw(tables.runs, tables.summary)
 
 
 def test_c9_algorithms(project):
     P, made = project.made("09_algorithms")
-    tables = study_sweeps.algorithms(P, made)
+    tables = c09.measure(P, made)
     verdict(tables, "C9")
     finite(tables, ["minus_ppo_in_all", "minus_ppo_in_equal_time"])
     assert set(tables.extra["training.csv"]["algorithm"]) == {"ppo", "grpo", "rloo"}
@@ -224,13 +221,13 @@ def test_c9_algorithms(project):
 
 def test_learning_rates(project):
     P, made = project.made("00_learning_rates")
-    tables = study_sweeps.learning_rates(P, made)
+    tables = learning_rates.measure(P, made)
     assert set(tables.summary["algorithm"]) == {"ppo", "rloo"} and np.isfinite(tables.summary["estimate"]).all()
 
 
 def test_the_pipeline_on_one_checkpoint(project):
     P, made = project.made("20_real_model")
-    tables = real_model_tables.tables(P, made)
+    tables = real_model.measure(P, made)
     assert np.isfinite(tables.summary["estimate"]).all()
     score, mixed = (P.aligned(run, 1) for run in P.ppo)
     assert (score.score_weight, score.verifier_weight) == (1, 0) and mixed.verifier_weight == real_model.VERIFIER_WEIGHT
@@ -240,8 +237,8 @@ def test_the_pipeline_on_one_checkpoint(project):
 def test_a_policy_of_another_tokenizer_is_scored_as_its_answers_are(project):
     """What PPO is rewarded with, on the policy's tokens, against the scores that best-of-N reads."""
     P, made = project.made("06_best_of_n")
-    spec, policy = P.scores("small", 1), Recipe.load("tiny").policy("tiny", "small", 1)
-    answers, expected = Answers.load(made[P.samples]), study.read_scores(made, spec)
+    spec, policy = P.scores("small", 1), recipes.load("tiny").policy("tiny", "small", 1)
+    answers, expected = Answers.load(made[P.samples]), artifacts.read_scores(made, spec)
     tokenizer = AutoTokenizer.from_pretrained(made[P.samples.model] / "model")
     inputs = {node.key: project.store.open(node.key) for node in (*policy.parents, *spec.parents)}
     reward = chat_stages._score(policy, inputs, answers.questions, tokenizer)

@@ -6,7 +6,6 @@ import sys
 import pytest
 import yaml
 
-from rlhfscale.bed.recipe import Recipe
 from rlhfscale.chat import reasoning
 from rlhfscale.chat import specs as chat_specs
 from rlhfscale.chat import stages as chat_stages
@@ -15,7 +14,7 @@ from rlhfscale.planning.hardware import hardware
 from rlhfscale.rl import TRAINERS
 from rlhfscale.runs.paths import project_root
 from rlhfscale.runs.pool import PoolError
-from rlhfscale.study import params
+from rlhfscale.study import params, recipes
 from rlhfscale.study.params import ParamsError
 
 pytest.importorskip("reasoning_gym", reason="make setup EXTRAS=smollm2")
@@ -52,7 +51,7 @@ def test_a_field_that_came_later_is_no_part_of_the_key_at_its_default():
 
 
 def test_every_setting_changes_some_artifact():
-    recipe = Recipe.load("paper")
+    recipe = recipes.load("paper")
 
     def keys(settings):
         found = [settings.policy("llama-3.1-405b", "llama-3.1-8b", 1, algorithm=name) for name in TRAINERS]
@@ -68,7 +67,7 @@ def test_every_setting_changes_some_artifact():
 
 def test_stages_take_the_gpus_that_the_planner_finds(monkeypatch):
     monkeypatch.delenv("RLHFSCALE_GPU", raising=False)
-    paper, laptop = Recipe.load("paper"), params.load("20_real_model", "laptop")
+    paper, laptop = recipes.load("paper"), params.load("20_real_model", "laptop")
     policies = [paper.policy(rung, "llama-3.1-70b", 1) for rung in ("llama-3.1-8b", "llama-3.1-70b", "llama-3.1-405b")]
     small, large, largest = (policy.needs for policy in policies)
     options = costs.Options(hardware("h100-80gb"), 64)
@@ -128,7 +127,7 @@ def test_bad_recipes_name_file_and_field(tmp_path, monkeypatch, name, value, wor
     (tmp_path / "params" / "broken" / "recipe.yaml").write_text(yaml.safe_dump(values))
     monkeypatch.setattr("rlhfscale.bed.recipe.project_root", lambda: tmp_path)
     with pytest.raises(ParamsError, match=r"^params/broken/recipe.yaml: ") as caught:
-        Recipe.load("broken")
+        recipes.load("broken")
     assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in words)
 
 
@@ -150,7 +149,7 @@ def test_there_are_as_many_questions_as_a_tier_asks_for(tier):
 def test_a_plan_needs_neither_torch_nor_the_network():
     code = (
         "import socket, sys; socket.socket.connect = lambda *a: sys.exit('network');"
-        "from rlhfscale.study import registry, runner; from pathlib import Path; from rlhfscale.runs.store import Store;"
+        "from rlhfscale.study import runner; from pathlib import Path; from rlhfscale.runs.store import Store;"
         "figures = runner.load_figures('paper', [], Path('results'));"
         "todo = runner.plan(figures, Store(sys.argv[1]), 2);"
         "print(len(todo.to_run), 'torch' in sys.modules, 'transformers' in sys.modules)"

@@ -4,7 +4,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from rlhfscale.study import plots_sweeps, style
+from rlhfscale.claims import c01_policy_size as c01
+from rlhfscale.claims import c02_reward_model_size as c02
+from rlhfscale.claims import c05_responses_per_prompt as c05
+from rlhfscale.claims import c06_best_of_n as c06
+from rlhfscale.claims import c09_algorithms as c09
+from rlhfscale.claims import test_bed as bed_figure
+from rlhfscale.study import style
 from rlhfscale.study.results import ResultsFolder
 
 RUNGS = {"r1": 25_000, "r2": 60_000, "r3": 150_000, "r4": 390_000, "r5": 1_000_000}
@@ -124,7 +130,7 @@ def reward_model_size_tables():
 def responses_per_prompt_tables():
     rng = np.random.default_rng(0)
     runs, summary = sampled(0.5, rng, stage="sft"), [row("sampled_exact", 0.5, 0.02, stage="sft")]
-    for index, name in enumerate(plots_sweeps.LADDERS):
+    for index, name in enumerate(c05.LADDERS):
         for power in range(6):
             about = {"ladder": name, "responses_per_prompt": 2**power}
             runs += sampled(0.56 - 0.03 * 0.5**power + 0.01 * index, rng, stage="ppo", **about)
@@ -139,7 +145,7 @@ def responses_per_prompt_tables():
 def algorithms_tables():
     rng = np.random.default_rng(0)
     runs, summary = sampled(0.5, rng, stage="sft"), []
-    for index, name in enumerate(plots_sweeps.ALGORITHMS):
+    for index, name in enumerate(style.ALGORITHMS):
         for size in (2, 4, 8):
             about = {"algorithm": name, "responses_per_prompt": size}
             runs += sampled(0.55 + 0.004 * index, rng, stage=name, **about)
@@ -154,7 +160,7 @@ def algorithms_tables():
 def learning_curves_metrics():
     rng, update = np.random.default_rng(0), np.arange(30)
     tables = []
-    for name in plots_sweeps.ALGORITHMS:
+    for name in style.ALGORITHMS:
         for size in (2, 4, 8):
             for seed in SEEDS:
                 gold = 0.7 + 0.002 * update + 0.01 * rng.standard_normal(30)
@@ -170,6 +176,14 @@ TABLES = {
     "reward_model_size": reward_model_size_tables,
     "responses_per_prompt": responses_per_prompt_tables,
     "algorithms": algorithms_tables,
+}
+DRAW = {
+    "policy_size": c01.draw,
+    "best_of_n": c06.draw,
+    "test_bed": bed_figure.draw,
+    "reward_model_size": c02.draw,
+    "responses_per_prompt": c05.draw,
+    "algorithms": c09.draw,
 }
 
 
@@ -188,8 +202,7 @@ def test_figures_render_from_the_csv_files_alone(name, tmp_path):
     folder = ResultsFolder(name, "smoke", tmp_path)
     folder.write_runs(runs)
     folder.write_summary(summary)
-    module = style if hasattr(style, name) else plots_sweeps
-    figure = getattr(module, name)(folder.read("runs.csv"), folder.read("summary.csv"))
+    figure = DRAW[name](folder.read("runs.csv"), folder.read("summary.csv"))
     png, svg = folder.write_figure(figure)
     assert figure.get_figwidth() == style.WIDTH_IN
     assert not artists_outside(figure)
@@ -201,20 +214,20 @@ def test_figures_render_from_the_csv_files_alone(name, tmp_path):
 
 def test_equal_tables_give_equal_bytes(tmp_path):
     folder = ResultsFolder("policy_size", "smoke", tmp_path)
-    first = [p.read_bytes() for p in folder.write_figure(style.policy_size(*policy_size_tables()))]
-    second = [p.read_bytes() for p in folder.write_figure(style.policy_size(*policy_size_tables()))]
+    first = [p.read_bytes() for p in folder.write_figure(c01.draw(*policy_size_tables()))]
+    second = [p.read_bytes() for p in folder.write_figure(c01.draw(*policy_size_tables()))]
     assert first == second
 
 
 def test_training_curves_draw_each_seed_and_the_mean(tmp_path):
-    figure = style.training_curves(training_metrics())
+    figure = c01.draw_training(training_metrics())
     ResultsFolder("curves", "smoke", tmp_path).write_figure(figure)
     assert len(figure.axes[0].lines) == len(RUNGS) * (len(SEEDS) + 1)
     assert not artists_outside(figure)
 
 
 def test_learning_curves_draw_each_seed_and_the_mean(tmp_path):
-    figure = plots_sweeps.learning_curves(learning_curves_metrics())
+    figure = c09.draw_training(learning_curves_metrics())
     ResultsFolder("learning", "smoke", tmp_path).write_figure(figure)
     assert [len(axis.lines) for axis in figure.axes] == [3 * (len(SEEDS) + 1)] * 6
     assert not artists_outside(figure)
@@ -226,13 +239,13 @@ def test_captions_name_the_statistic_and_the_verdict():
         ("responses_per_prompt", ["+0.0120 [+0.0080, +0.0160]", "-0.0050", "C5: reproduced"]),
         ("algorithms", ["margin 0.01", "+0.0040 [+0.0000, +0.0080]", "C9: reproduced"]),
     ):
-        caption = " ".join(getattr(plots_sweeps, name)(*TABLES[name]()).texts[0].get_text().split())
+        caption = " ".join(DRAW[name](*TABLES[name]()).texts[0].get_text().split())
         assert all(word in caption for word in words), caption
 
 
 def test_policy_size_shows_every_seed_and_the_paired_gain():
     runs, summary = policy_size_tables()
-    figure = style.policy_size(runs, summary)
+    figure = c01.draw(runs, summary)
     left, right = figure.axes
     offsets = np.concatenate([c.get_offsets() for c in left.collections if len(c.get_offsets()) == 25])
     assert len(offsets) == 50
@@ -246,7 +259,7 @@ def test_policy_size_shows_every_seed_and_the_paired_gain():
 def test_a_missing_quantity_is_named():
     runs, summary = policy_size_tables()
     with pytest.raises(ValueError, match="gain_slope"):
-        style.policy_size(runs, summary[summary["quantity"] != "gain_slope"])
+        c01.draw(runs, summary[summary["quantity"] != "gain_slope"])
 
 
 def test_size_colors_are_spaced_by_the_log_of_the_size():

@@ -8,9 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
-import rlhfscale.study.registry  # noqa: F401  (registers the figures)
 import yaml
 
+import rlhfscale.claims  # noqa: F401  (registers the figures)
 from rlhfscale.bed import tasks
 from rlhfscale.bed.responses import decode
 from rlhfscale.chat import reasoning

@@ -8,8 +8,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from planted import RUNG_STEPS, checked, planted
 from rlhfscale.bed import flops, ladder, rungs
 from rlhfscale.bed.demonstrations import demonstrations
+from rlhfscale.claims import c03_training_data as c03
+from rlhfscale.claims import c04_prompt_vs_response_diversity as c04
+from rlhfscale.claims import c07_data_composition as c07
+from rlhfscale.claims import c08_process_supervision as c08
+from rlhfscale.claims import c10_pretraining_vs_rlhf as c10
+from rlhfscale.claims import ledger
 from rlhfscale.models import loading
-from rlhfscale.study import rules, study_compute, study_data, study_ledger, study_process
+from rlhfscale.study import ledger as study_ledger
 
 
 @pytest.mark.parametrize(
@@ -22,7 +28,7 @@ from rlhfscale.study import rules, study_compute, study_data, study_ledger, stud
 )
 def test_c3(tmp_path, curve, verdict):
     P, made = planted(tmp_path, "03_training_data", lambda policy: 0.5 + curve(policy.num_updates / 120))
-    tables = study_data.training_data(P, made)
+    tables = c03.measure(P, made)
     assert [result.verdict for result in tables.claims] == [verdict]
     found = checked(tables, tmp_path)
     assert found.loc["first_quarter", "estimate"] == pytest.approx(curve(0.25), abs=0.004)
@@ -35,7 +41,7 @@ def test_c3(tmp_path, curve, verdict):
 
 def test_the_planted_over_optimisation_is_found(tmp_path):
     P, made = planted(tmp_path, "03_training_data")
-    rows = study_data.training_data(P, made).summary.set_index(["quantity", "form"])["estimate"]
+    rows = c03.measure(P, made).summary.set_index(["quantity", "form"])["estimate"]
     a, b = (rows[f"over_optimisation_{name}", "d(a - b d)"] for name in "ab")
     assert a == pytest.approx(1.0, abs=0.1) and b == pytest.approx(0.25, abs=0.05)
     assert rows["over_optimisation_r2", "d(a - b d)"] > max(0.98, rows["over_optimisation_r2", "d(a - b log d)"])
@@ -51,7 +57,7 @@ def test_c4(tmp_path, prompts, responses, verdict):
         return 0.4 + prompts * np.log2(model.num_prompts / 500) + responses * np.log2(size)
 
     P, made = planted(tmp_path, "04_prompt_vs_response_diversity", pairs=level)
-    tables = study_data.prompts_or_responses(P, made)
+    tables = c04.measure(P, made)
     assert [result.verdict for result in tables.claims] == [verdict]
     found = checked(tables, tmp_path)
     assert found.loc["pair_accuracy_prompts", "estimate"] == pytest.approx(prompts, abs=0.008)
@@ -71,7 +77,7 @@ def test_c7(tmp_path, preference, process, verdict):
         lambda policy: 0.5 + 0.1 * policy.reward_model.mix[2],
         lambda model, family: 1.0 + preference * model.mix[0] + process * model.mix[2],
     )
-    tables = study_data.data_composition(P, made)
+    tables = c07.measure(P, made)
     assert [result.verdict for result in tables.claims] == [verdict]
     found = checked(tables, tmp_path)
     assert len(found.loc["best_of_n_gain"]) == 20 and len(found.loc["ppo_gain"]) == 10
@@ -95,7 +101,7 @@ def test_c8(tmp_path, own, other, verdict):
         return np.where(family == families[trained_on[0]], level + own, level + other)
 
     P, made = planted(tmp_path, "08_process_supervision", skill=skill)
-    tables = study_process.process_supervision(P, made)
+    tables = c08.measure(P, made)
     assert [result.verdict for result in tables.claims] == [verdict]
     found = checked(tables, tmp_path)
     differences = found.loc["process_minus_outcome"].set_index("trained_on")["estimate"]
@@ -118,7 +124,7 @@ def test_c10(tmp_path, pretraining, rlhf, verdict):
         lambda policy: 0.5 + rlhf * np.log2(policy.num_updates / 4),
         start=lambda sft: 0.5 + pretraining * np.log2(sft.base.num_documents / 12500),
     )
-    tables = study_compute.compute_returns(P, made)
+    tables = c10.measure(P, made)
     assert [result.verdict for result in tables.claims] == [verdict]
     slopes = checked(tables, tmp_path).loc["slope"].set_index("spent_on")["estimate"]
     assert slopes["pretraining"] == pytest.approx(pretraining, abs=0.002)
@@ -149,12 +155,12 @@ def test_flops_of_adapters_are_those_that_torch_counts(rung):
 
 def test_the_ledger_draws_every_test_and_says_what_would_settle_it(tmp_path):
     P, made = planted(tmp_path, "04_prompt_vs_response_diversity")
-    checked(study_data.prompts_or_responses(P, made), tmp_path)
-    table = rules.ledger(tmp_path / "results" / "smoke")
+    checked(c04.measure(P, made), tmp_path)
+    table = study_ledger.read(tmp_path / "results" / "smoke")
     assert table["claim"].tolist() == ["C4"] and table["threshold"].tolist() == [0.0]
-    said = study_ledger.words(table.iloc[0])
+    said = ledger.words(table.iloc[0])
     assert "prompts minus responses" in said and ("settle" in said or table["verdict"][0] != "inconclusive")
-    figure = study_ledger.figure(table)
+    figure = ledger.draw(table)
     assert figure.axes[0].get_title(loc="left").startswith("C4")
     assert figure.axes[0].get_title(loc="right") == table["verdict"][0]
 

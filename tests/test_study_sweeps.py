@@ -7,7 +7,10 @@ import pytest
 
 from planted import RUNG_STEPS, checked, planted
 from rlhfscale.bed import ladder
-from rlhfscale.study import study_sweeps
+from rlhfscale.claims import c02_reward_model_size as c02
+from rlhfscale.claims import c05_responses_per_prompt as c05
+from rlhfscale.claims import c09_algorithms as c09
+from rlhfscale.claims import learning_rates
 
 
 @pytest.mark.parametrize(
@@ -21,7 +24,7 @@ def test_c2(tmp_path, ppo, skill, verdict):
         lambda policy: 0.52 + ppo * RUNG_STEPS[policy.reward_model.rung],
         lambda model, family: 0.5 + skill * RUNG_STEPS[model.rung],
     )
-    tables = study_sweeps.reward_model_size(P, made)
+    tables = c02.measure(P, made)
     assert [result.verdict for result in tables.claims] == [verdict]
     found = checked(tables, tmp_path)
     sizes = np.log2([ladder.rung(rung).num_params for rung in P.reward_model_rungs])
@@ -47,7 +50,7 @@ def test_c5(tmp_path, curve, verdict):
         "05_responses_per_prompt",
         lambda policy: 0.55 + curve(np.log2(policy.responses_per_prompt)) + 0.02 * (policy.algorithm == "grpo"),
     )
-    tables = study_sweeps.responses_per_prompt(P, made)
+    tables = c05.measure(P, made)
     assert [result.verdict for result in tables.claims] == [verdict]
     found = checked(tables, tmp_path)
     gains = found.loc["doubling_gain"].set_index(["ladder", "responses_per_prompt"])["estimate"]
@@ -57,7 +60,7 @@ def test_c5(tmp_path, curve, verdict):
             assert gains[name, after] == pytest.approx(expected, abs=0.006)
     ladder_gains = found.loc["gain"].set_index(["ladder", "responses_per_prompt"])["estimate"]
     assert ladder_gains["grpo, equal prompts", 2] == pytest.approx(0.07 + curve(1), abs=0.012)
-    costs = study_sweeps.mean_cost(tables.extra["cost.csv"])
+    costs = tables.mean_costs()
     assert costs.loc[("ppo", 64, 32, 30), "rollouts"] == 64 * 32 * 30 and costs.loc[("grpo", 64, 2, 30), "cpu_s"] == 2.0
 
 
@@ -70,7 +73,7 @@ def test_c9(tmp_path, gain, shift, verdict):
     P, made = planted(
         tmp_path, "09_algorithms", lambda policy: 0.5 + gain + {"ppo": 0, "grpo": shift, "rloo": 0.04}[policy.algorithm]
     )
-    tables = study_sweeps.algorithms(P, made)
+    tables = c09.measure(P, made)
     assert [result.verdict for result in tables.claims] == [verdict]
     whole = checked(tables, tmp_path).loc["minus_ppo_in_all"].set_index("algorithm")
     assert whole.loc["grpo", "estimate"] == pytest.approx(shift, abs=0.004)
@@ -81,7 +84,7 @@ def test_c9(tmp_path, gain, shift, verdict):
 
 def test_learning_rates_are_paired_with_the_common_one(tmp_path):
     P, made = planted(tmp_path, "00_learning_rates", lambda policy: 0.5 + 0.05 * (policy.policy_lr == 0.002))
-    tables = study_sweeps.learning_rates(P, made)
+    tables = learning_rates.measure(P, made)
     rows = tables.summary.set_index(["quantity", "algorithm", "rung", "policy_lr"])
     assert len(tables.runs) == len(P.cells()) * len(P.rates) * 2
     for algorithm, rung in P.cells():

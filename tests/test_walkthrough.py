@@ -10,9 +10,10 @@ import pandas as pd
 import pytest
 import torch
 
+from rlhfscale.claims import walkthrough
 from rlhfscale.rl import advantages, kl, losses
 from rlhfscale.runs.paths import project_root
-from rlhfscale.study import figures, params, walkthrough
+from rlhfscale.study import params
 
 ROOT = project_root()
 NOTEBOOK = ROOT / "notebooks" / "00_walkthrough.ipynb"
@@ -88,7 +89,7 @@ def test_the_live_settings_reuse_the_models_and_the_others_do_not():
     tier = params.load("00_walkthrough", "smoke")
 
     def keys(**change):
-        return [spec.key for spec in figures.Walkthrough(**tier.model_dump() | change).specs()]
+        return [spec.key for spec in walkthrough.Params(**tier.model_dump() | change).specs()]
 
     live = {"seed": 2, "num_updates": 4, "prompts_per_update": 64, "epochs": 1, "policy_lr": 0.1}
     assert keys(**live, kl_coefficient=0.0, clip=0.1, lam=0.5) == keys()

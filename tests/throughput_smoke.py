@@ -18,7 +18,7 @@ from rich.console import Console
 
 from rlhfscale.runs import grid
 from rlhfscale.runs.store import Store
-from rlhfscale.study import registry, runner  # noqa: F401  (the registry names the figures)
+from rlhfscale.study import runner
 
 
 def seconds(specs: dict, folder: str, workers: int, on_ray: bool) -> tuple[float, float]:

@@ -4,8 +4,8 @@ import json
 
 import pandas as pd
 
+import rlhfscale.claims  # noqa: F401  registers the figures
 from rlhfscale.runs.paths import project_root
-from rlhfscale.study import registry  # noqa: F401  registers the figures
 from rlhfscale.study.params import FIGURES
 
 TIER = "laptop"

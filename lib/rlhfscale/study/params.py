@@ -9,7 +9,7 @@ import ast
 import difflib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, get_args
 
@@ -47,7 +47,7 @@ class FigureParams(BaseModel):
     Class attributes:
         figure: name of the figure, its notebook and its YAML file, such as ``01_policy_size``.
         title: one line for plans and reports.
-        claims: identifiers of the claims it tests, such as ``("C1",)``.
+        claims: identifiers of the claims that it tests.
         reads_results: it is made from other figures' results, so after them.
     """
 
@@ -80,6 +80,20 @@ class FigureParams(BaseModel):
         except ValidationError as error:
             message = "; ".join(explain(problem, list(cls.model_fields)) for problem in error.errors())
             raise ParamsError(f"{source}: {message}" if source else message) from None
+
+    @classmethod
+    def of(cls, namespace: Mapping[str, Any]) -> Self:
+        """The parameters that a notebook's parameters cell has assigned: ``P = Params.of(globals())``.
+
+        A name that was assigned beside them, by papermill's ``-p`` or by hand, and that is no parameter is refused: it
+        would change nothing, and nobody would notice.
+
+        Raises ParamsError: such a name; a parameter that is missing or does not fit.
+        """
+        for name in assigned_names(namespace.get("In", ()), set(cls.model_fields)):
+            if name not in cls.model_fields:
+                raise ParamsError(_unknown(name, list(cls.model_fields)))
+        return cls.parse({name: namespace[name] for name in cls.model_fields if name in namespace})
 
     def specs(self) -> tuple[Spec, ...]:
         """The specs whose artifacts the figure is made from (their ancestors need not be listed)."""
@@ -139,6 +153,40 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ParamsError(f"{_short(path)}: must hold parameter: value lines")
     return values
+
+
+def assigned_names(cells: Sequence[str], parameters: set[str]) -> list[str]:
+    """Names that a notebook's parameters cell and papermill's own cell assign, among the sources of executed cells.
+
+    The parameters cell is the cell of nothing but constants that assigns most of the parameters; where it was run
+    several times, the last counts. Papermill's cell opens with ``# Parameters``.
+    """
+    own, injected = [], []
+    for source in cells:
+        try:
+            targets = [_constant_target(statement) for statement in ast.parse(source).body]
+        except SyntaxError:  # a magic, such as %time
+            continue
+        if source.lstrip().startswith("# Parameters"):
+            injected = targets
+        elif all(targets) and len(parameters.intersection(targets)) >= max(1, len(parameters.intersection(own))):
+            own = targets
+    return [name for name in (*own, *injected) if name]
+
+
+def _constant_target(statement: ast.stmt) -> str:
+    """The name that a statement such as ``seeds = [1, 2]`` assigns; empty for any other statement."""
+    if not (isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name)):
+        return ""
+    return statement.targets[0].id if _is_constant(statement.value) else ""
+
+
+def _is_constant(node: ast.expr) -> bool:
+    try:
+        ast.literal_eval(node)
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return False
+    return True
 
 
 def check_notebook_parameters(notebook: str | Path, params: FigureParams) -> None:

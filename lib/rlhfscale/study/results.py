@@ -21,7 +21,6 @@ import pandas as pd
 
 from rlhfscale.models.files import replace_file
 from rlhfscale.runs import paths
-from rlhfscale.study import rules
 from rlhfscale.study.rules import ClaimResult
 
 RUNS_COLUMNS = ("figure", "command", "node", "rung", "num_params", "seed", "metric", "value", "num_prompts")
@@ -78,6 +77,10 @@ class ResultsFolder:
         text = _csv(values[[*conditions, *PER_PROMPT_COLUMNS]].sort_values(order, kind="stable"))
         return self._write("per_prompt.csv.gz", gzip.compress(text, mtime=0))
 
+    def files(self) -> list[str]:
+        """Names of the files in the folder."""
+        return sorted(file.name for file in self.path.iterdir() if not file.name.startswith("."))
+
     def read(self, name: str) -> pd.DataFrame:
         """One of the tables, by file name."""
         return pd.read_csv(self.path / name)
@@ -95,10 +98,8 @@ class ResultsFolder:
         return written
 
     def write_claims(self, results: Sequence[ClaimResult]) -> Path:
-        """Write claims.json and refresh the tier's ledger (claims.csv, claims.md)."""
-        path = self._write_json("claims.json", [result.to_json() for result in results])
-        rules.write_ledger(self.root / self.tier)
-        return path
+        """Write claims.json."""
+        return self._write_json("claims.json", [result.to_json() for result in results])
 
     def write_manifest(
         self,

@@ -1,6 +1,6 @@
-"""What the notebook ``00_walkthrough`` needs besides the library: four fixed roll-outs, small pictures, a live run.
+"""PPO by hand: what ``00_walkthrough`` shows of four fixed roll-outs, as tables and as small pictures of the formulas.
 
-The pictures are sketches of formulas; they take plain numbers and return a `plots.Picture`.
+The pictures take plain numbers and return a `style.Picture`, which a notebook shows by itself.
 """
 
 import inspect
@@ -12,22 +12,16 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import torch
-from IPython.display import Code, display
+from IPython.display import Code
 from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-from rlhfscale.bed import tasks
-from rlhfscale.bed.demonstrations import STREAM, encode, encode_prompts
+from rlhfscale.bed.demonstrations import encode
 from rlhfscale.bed.ladder import BOS_ID, EOS_ID
-from rlhfscale.bed.responses import Responses, label
-from rlhfscale.bed.stages import draw
 from rlhfscale.rl.kl import kl_terms
-from rlhfscale.rl.loop import Trainer
 from rlhfscale.rl.losses import clipped_surrogate
 from rlhfscale.rl.rollout import Rollouts
-from rlhfscale.samplers import Completions
 from rlhfscale.study import style
-from rlhfscale.study.figures import Walkthrough
 
 BLUE, ORANGE, GREEN, RED, GREY = (style.CATEGORIES[index] for index in (0, 1, 2, 3, 7))
 Rows = Sequence[Sequence[float]]
@@ -322,46 +316,3 @@ def _ratios(
 
 
 # The live run.
-
-
-class LiveRun:
-    """Prompts for a trainer and what the verifier says of its responses, drawn while it trains.
-
-    Args:
-        P: the notebook's parameters.
-        every: updates between two drawings.
-    """
-
-    def __init__(self, P: Walkthrough, every: int = 4):
-        self.P, self.every = P, every
-        stream = tasks.problems((P.seed, STREAM["policy"]), "train", P.families)
-        self.problems = [[next(stream) for _ in range(P.prompts_per_update)] for _ in range(P.num_updates)]
-        self.records: list[dict[str, float]] = []
-        self._shown = None
-
-    def prompts(self, update: int) -> list[list[int]]:
-        """Token ids of an update's prompts."""
-        return encode_prompts(self.problems[update])
-
-    def on_update(self, update: int, metrics: dict[str, float], completions: Completions) -> dict[str, float]:
-        """Grade an update's responses, and draw; returns what is to be logged beside the trainer's metrics."""
-        graded = label(self.problems[update], completions)
-        found = {"gold": float(graded.gold.mean()), "exact": float(graded.exact.mean())}
-        self.records.append({"update": update} | metrics | found)
-        if (update + 1) % self.every == 0 or update + 1 == self.P.num_updates:
-            self.draw()
-        return found
-
-    def draw(self) -> None:
-        """Show the run so far, in place of the picture before."""
-        picture = style.live_run(pd.DataFrame(self.records).melt("update", var_name="metric"))
-        if self._shown is None:
-            self._shown = display(picture, display_id=True)
-        else:
-            self._shown.update(picture)
-
-
-def held_out(P: Walkthrough, trainer: Trainer) -> Responses:
-    """The trained policy's responses to the prompts of ``P.before``, with the same draws."""
-    with trainer.networks.decoder() as policy:
-        return draw(P.before, policy)

@@ -1,24 +1,37 @@
-"""The ledger of claims: one page from every figure's ``claims.json``."""
+"""The ledger: every claim, its test and its verdict on one page, read from the results of the other figures."""
 
-from pathlib import Path
+from typing import ClassVar
 
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from rlhfscale.runs import paths
-from rlhfscale.study import rules, tables
-from rlhfscale.study.figures import Ledger
+from rlhfscale.runs.spec import Spec
+from rlhfscale.study import ledger as study_ledger
+from rlhfscale.study import rules, style, tables
+from rlhfscale.study.figure import RecipeFigure
 from rlhfscale.study.results import ResultsFolder
-from rlhfscale.study.style import CATEGORIES, new_figure, styled
-
-COLORS = {"reproduced": CATEGORIES[2], "contradicted": CATEGORIES[3], "inconclusive": "0.45"}
 
 
-def read(P: Ledger) -> pd.DataFrame:
-    """The tier's ledger, see `claims.ledger`. Raises FileNotFoundError where no claim has been measured."""
+class Params(RecipeFigure):
+    """Every claim's verdict on one page, from the results of the other figures."""
+
+    figure: ClassVar[str] = "99_claims"
+    title: ClassVar[str] = "The ledger: every claim, its test and its verdict"
+    reads_results: ClassVar[bool] = True
+
+    def specs(self) -> tuple[Spec, ...]:
+        return ()
+
+
+COLORS = {"reproduced": style.CATEGORIES[2], "contradicted": style.CATEGORIES[3], "inconclusive": "0.45"}
+
+
+def read(P: Params) -> pd.DataFrame:
+    """The tier's ledger, see `study.ledger.read`. Raises FileNotFoundError where no claim has been measured."""
     root = paths.results_root() / P.recipe
-    table = rules.ledger(root)
+    table = study_ledger.read(root)
     if table.empty:
         raise FileNotFoundError(f"results/{P.recipe} holds no claims.json; run: make figures TIER={P.recipe}")
     return table
@@ -37,25 +50,26 @@ def words(row: pd.Series) -> str:
     return f"{test}; about {row.seeds_to_settle:.0f} seeds would settle it"
 
 
-@styled
-def figure(table: pd.DataFrame) -> Figure:
+@style.styled
+def draw(table: pd.DataFrame) -> Figure:
     """A strip for each test: estimate, 95% interval, and the side of the threshold on which the claim places it.
 
     Args:
-        table: see `claims.ledger`.
+        table: see `study.ledger.read`.
     """
     tests = [
         (key, group) for key, group in table.groupby(["claim", "figure", "interval"], sort=False)
     ]  # two parts on one interval, below and above, are one strip
     counts = table.drop_duplicates(["claim", "figure"])["verdict"].value_counts()
     caption = (
-        "Points and bars: estimates with 95% intervals (C7: 98.3% for each pair of kinds). Dashed: the rule's "
+        "Points and bars: estimates with 95% intervals (98.3% where three differences must hold together). "
+        "Dashed: the rule's "
         "threshold; shaded: where the claim places "
         f"the statistic. {', '.join(f'{counts.get(name, 0)} {name}' for name in rules.VERDICTS)}."
     )
     columns = 2
     rows = -(-len(tests) // columns)
-    picture, axes, _ = new_figure(rows, columns, 0.66 * rows + 0.2, caption)
+    picture, axes, _ = style.new_figure(rows, columns, 0.66 * rows + 0.2, caption)
     axes = axes.reshape(rows, columns)
     for axis, ((claim, _, name), parts) in zip(axes.T.flat, tests, strict=False):
         row = parts.iloc[0]
@@ -70,7 +84,7 @@ def figure(table: pd.DataFrame) -> Figure:
         # "above" the higher or "below" the lower: either will do; above the lower and below the higher: both must hold
         strips = [(low, high)] if low < high else [(axis.get_xlim()[0], high), (low, axis.get_xlim()[1])]
         for strip in strips:
-            axis.axvspan(*strip, color=CATEGORIES[2], alpha=0.12, linewidth=0)
+            axis.axvspan(*strip, color=style.CATEGORIES[2], alpha=0.12, linewidth=0)
         error = [[row.estimate - row.ci_low], [row.ci_high - row.estimate]]
         axis.errorbar([row.estimate], [0], xerr=error, color=color, marker="o", capsize=2, elinewidth=1.4)
         premise = " (premise)" if parts["premise"].all() else ""
@@ -86,10 +100,10 @@ def figure(table: pd.DataFrame) -> Figure:
     return picture
 
 
-def save(P: Ledger, table: pd.DataFrame, picture: Figure, wall_s: float) -> Path:
-    """Write ledger.csv, the figure and a manifest to results/<tier>/99_claims/."""
+def save(P: Params, table: pd.DataFrame, picture: Figure, wall_s: float) -> list[str]:
+    """Write ledger.csv, the figure and a manifest to results/<tier>/99_claims/, and return the names of the files."""
     folder = ResultsFolder(P.figure, tier=tables.tier(P))
     folder.write_table("ledger.csv", table)
     folder.write_figure(picture, "figure")
     folder.write_manifest(P.resolved(), {}, command=tables.command(P), seeds=(), wall_s=wall_s)
-    return folder.path
+    return folder.files()
