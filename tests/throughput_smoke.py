@@ -16,6 +16,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+import rlhfscale.claims  # noqa: F401  (registers the figures)
 from rlhfscale.runs import grid
 from rlhfscale.runs.store import Store
 from rlhfscale.study import runner
