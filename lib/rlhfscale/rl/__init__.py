@@ -1,11 +1,31 @@
-"""Reinforcement learning from rewards: PPO with a critic, GRPO and RLOO, with LoRA, QLoRA or all weights."""
+"""Reinforcement learning from rewards: PPO with a critic, GRPO and RLOO, on any transformers causal language model.
 
-from rlhfscale.rl.config import GRPOConfig, PPOConfig, RLOOConfig
-from rlhfscale.rl.grpo import GRPO
-from rlhfscale.rl.ppo import PPO
-from rlhfscale.rl.rloo import RLOO
+    def reward(prompts, responses):
+        return [float("7" in response) for response in responses]
+
+    trainer = PPO(model, tokenizer, reward, PPOConfig(prompts_per_update=64), seed=0)
+    metrics = trainer.train(prompts, num_updates=100, folder="runs/ppo")
+
+The files, in the order in which an update uses them:
+
+    config.py      hyper-parameters that the algorithms share
+    networks.py    policy, reference and critic as adapters on one frozen base, or with all weights trained
+    loop.py        one update, the outer loop, saving and resuming: what the algorithms do alike
+    rollout.py     sampled responses and what is known of each of their tokens
+    logprobs.py    log-probabilities and entropies of response tokens
+    kl.py          estimators of the divergence from the reference, and the adaptive KL coefficient
+    advantages.py  GAE, group-relative and leave-one-out advantages
+    losses.py      clipped losses of policy and critic
+    learner.py     AdamW with clipped gradients, and checkpoints
+    metrics.py     the metrics of an update, with their units
+    ppo.py, grpo.py, rloo.py   each algorithm's own hyper-parameters, advantages and loss
+"""
+
+from rlhfscale.rl.grpo import GRPO, GRPOConfig
+from rlhfscale.rl.ppo import PPO, PPOConfig
+from rlhfscale.rl.rloo import RLOO, RLOOConfig
 
 TRAINERS = {"ppo": (PPO, PPOConfig), "grpo": (GRPO, GRPOConfig), "rloo": (RLOO, RLOOConfig)}
-"""By algorithm, the trainer and the type of its hyper-parameters."""
+"""The trainer of each algorithm, and the type of its hyper-parameters."""
 
 __all__ = ["GRPO", "PPO", "RLOO", "TRAINERS", "GRPOConfig", "PPOConfig", "RLOOConfig"]

@@ -1,39 +1,41 @@
-"""Hyper-parameters of the trainers, checked once when they are made."""
+"""Hyper-parameters that PPO, GRPO and RLOO share; they are checked once, when a config is made."""
 
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from rlhfscale.models.loading import POLICY
+
 
 class Config(BaseModel):
-    """What PPO, GRPO and RLOO share.
+    """Hyper-parameters of every algorithm. Unknown names and values out of range raise pydantic's ValidationError.
 
     Attributes:
-        prompts_per_update: prompts sampled in an update.
-        responses_per_prompt: responses sampled to each of them.
-        max_new_tokens: responses are cut there.
-        temperature: of sampling, and of every log-probability.
-        epochs: passes over an update's roll-outs.
-        minibatch_size: roll-outs in an optimiser step; all of an update's by default. Divides their number.
-        max_tokens_per_pass: tokens in a forward pass, padding included. Smaller saves memory and changes no result.
-        policy_lr: AdamW's learning rate of the policy; constant after the warm-up.
-        warmup_updates: updates over which learning rates rise linearly.
-        weight_decay: AdamW's.
-        max_grad_norm: gradients of policy and of critic are each clipped to it.
-        clip: half-width of the ratio's clipping range.
-        entropy_coefficient: of an entropy bonus, per token.
-        max_ratio_kl: an update stops early once KL(sampling policy || policy) exceeds it, in nats of a token.
-        kl_coefficient: beta, in units of score for each nat of KL(policy || reference).
-        kl_target: adapt beta so that the KL of a response stays near this many nats (Ziegler et al. 2019); None: fixed.
-        kl_horizon: responses over which an adaptive beta moves.
-        max_sampler_gap: stop once the sampler's and the trainer's log-probabilities of a token differ by more than this
-            many nats on average: the sampler serves other weights than are trained. None: only log it.
-        missing_eos_penalty: subtracted from the score of a response that never ended.
-        adapter: "lora", or "none" to train all weights.
-        lora_rank, lora_alpha, lora_targets: of every adapter.
-        gradient_checkpointing: trade a second forward pass for memory.
+        prompts_per_update: number of prompts in an update.
+        responses_per_prompt: number of responses sampled to each prompt.
+        max_new_tokens: a response is cut after this many tokens.
+        temperature: sampling temperature; every log-probability is computed at it.
+        epochs: passes over the roll-outs of an update.
+        minibatch_size: roll-outs in an optimiser step. It must divide their number; by default a step takes all.
+        max_tokens_per_pass: tokens in a forward pass, padding included. A smaller number saves memory only.
+        policy_lr: AdamW's learning rate for the policy; constant after the warm-up.
+        warmup_updates: number of updates over which the learning rates rise linearly.
+        weight_decay: AdamW's weight decay.
+        max_grad_norm: the gradients of the policy and of the critic are each clipped to this norm.
+        clip: epsilon, the half-width of the clipping range of the probability ratio.
+        entropy_coefficient: weight of an entropy bonus, per token.
+        max_ratio_kl: an update ends early when KL(sampling policy || policy) exceeds this many nats per token.
+        kl_coefficient: beta, the price of one nat of KL(policy || reference), in units of the score.
+        kl_target: KL of a response, in nats, that an adaptive beta aims at (Ziegler et al. 2019); None: beta is fixed.
+        kl_horizon: number of responses over which an adaptive beta moves.
+        max_sampler_gap: the run stops when the log-probabilities of sampler and trainer differ by more than this many
+            nats per token on average, because the sampler then uses other weights. None: the gap is only logged.
+        missing_eos_penalty: subtracted from the score of a response without an end-of-sequence token.
+        adapter: "lora" trains adapters, "none" trains all weights.
+        lora_rank, lora_alpha, lora_targets: rank, alpha and target modules of every adapter.
+        gradient_checkpointing: compute each block again in the backward pass, which saves memory.
         compute_dtype: "bf16" computes the decoder layers of a float32 Llama in bfloat16 on a CPU; weights, adapters,
-            heads and losses stay float32. "model": what the model's weights are.
+            heads and losses stay float32. "model" computes in the precision of the weights.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -65,71 +67,32 @@ class Config(BaseModel):
     compute_dtype: Literal["model", "bf16"] = "model"
 
     @property
-    def rollouts_per_update(self) -> int:
-        return self.prompts_per_update * self.responses_per_prompt
+    def rollouts_per_step(self) -> int:
+        """Number of roll-outs in an optimiser step."""
+        return self.minibatch_size or self.prompts_per_update * self.responses_per_prompt
 
     @property
-    def rollouts_per_step(self) -> int:
-        return self.minibatch_size or self.rollouts_per_update
+    def learning_rates(self) -> dict[str, float]:
+        """Learning rate of each role that is trained."""
+        return {POLICY: self.policy_lr}
 
     @model_validator(mode="after")
     def _minibatches_divide(self) -> "Config":
-        if self.rollouts_per_update % self.rollouts_per_step:
-            raise ValueError(
-                f"minibatch_size: {self.minibatch_size} does not divide the {self.rollouts_per_update} roll-outs"
-            )
+        rollouts = self.prompts_per_update * self.responses_per_prompt
+        if rollouts % self.rollouts_per_step:
+            raise ValueError(f"minibatch_size: {self.minibatch_size} does not divide the {rollouts} roll-outs")
         return self
 
 
-class PPOConfig(Config):
-    """Hyper-parameters of PPO.
+class GroupedConfig(Config):
+    """Hyper-parameters of an algorithm that compares the responses to a prompt with each other: at least 2."""
 
-    Attributes:
-        critic: "trunk", a value head on the policy's own trunk (one pass serves both); or "separate", with an adapter
-            (or, for adapter "none", a copy) of its own.
-        critic_lr: AdamW's learning rate of the value head, and of a separate critic.
-        value_clip: half-width of the values' clipping range.
-        value_coefficient: weight of the value loss where the trunk is shared.
-        gamma, lam: discount and lambda of GAE.
-        kl_estimator: of the KL penalty at each token.
-        whiten_rewards: scale scores to standard deviation 1 within an update.
-    """
-
-    critic: Literal["trunk", "separate"] = "trunk"
-    critic_lr: float = Field(1e-3, gt=0)
-    value_clip: float = Field(0.2, gt=0)
-    value_coefficient: float = Field(0.1, gt=0)
-    gamma: float = Field(1.0, gt=0, le=1)
-    lam: float = Field(0.95, ge=0, le=1)
-    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
-    whiten_rewards: bool = False
-
-
-class _Grouped(Config):
     responses_per_prompt: int = Field(4, ge=1)
 
     @model_validator(mode="after")
-    def _groups(self) -> "_Grouped":
+    def _groups(self) -> "GroupedConfig":
         if self.responses_per_prompt < 2:
             raise ValueError(
                 "responses_per_prompt: 1 gives a response nothing to be compared with; take at least 2, or PPO"
             )
         return self
-
-
-class GRPOConfig(_Grouped):
-    """Hyper-parameters of GRPO.
-
-    Attributes:
-        scale_advantages: divide a group's advantages by its standard deviation (Shao et al. 2024), or not (Liu et al.
-            2025).
-        loss_weights: "token", every response token of the step counts alike; "sequence", every response does (Shao et
-            al. 2024); "constant", tokens count 1 / max_new_tokens (Liu et al. 2025).
-    """
-
-    scale_advantages: bool = True
-    loss_weights: Literal["token", "sequence", "constant"] = "token"
-
-
-class RLOOConfig(_Grouped):
-    """Hyper-parameters of RLOO; the KL penalty is part of the reward."""

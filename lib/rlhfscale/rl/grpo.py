@@ -1,101 +1,57 @@
-"""Group-relative policy optimisation (Shao et al. 2024): a response is judged against the others to the same prompt.
+"""Group-relative policy optimisation (Shao et al. 2024), which compares a response with the others to the same prompt.
 
-PPO without a critic: the advantage is the reward's distance from its group's mean, the same at every token of a
-response, and the divergence from the reference is a term of the loss (k3) rather than of the reward.
+There is no critic. The advantage is the distance of the score from the mean of its group, the same at every token of a
+response. The divergence from the reference is a term of the loss (k3), not of the reward. The rest of an update is
+`loop.Trainer.update`.
 """
 
-from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Literal
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhfscale.models.loading import POLICY
-from rlhfscale.rewards.base import Reward, TextFunction
-from rlhfscale.rl import networks
 from rlhfscale.rl.advantages import group_relative
-from rlhfscale.rl.config import GRPOConfig
-from rlhfscale.rl.kl import adapted, kl_terms
-from rlhfscale.rl.learner import Learner
-from rlhfscale.rl.loop import Run, Trainer, learner_options, network_options
+from rlhfscale.rl.config import GroupedConfig
+from rlhfscale.rl.kl import kl_terms
+from rlhfscale.rl.loop import Trainer
 from rlhfscale.rl.losses import clipped_surrogate, token_weights
-from rlhfscale.rl.metrics import rollout_metrics, summed
-from rlhfscale.rl.networks import REFERENCE
-from rlhfscale.rl.rollout import Evaluation, Prompt, Rollouts, evaluate, evaluate_all, evaluate_before_training
-from rlhfscale.samplers import Completions, hf
+from rlhfscale.rl.rollout import Evaluation, Rollouts
+
+
+class GRPOConfig(GroupedConfig):
+    """Hyper-parameters of GRPO, beside those of `Config`.
+
+    Attributes:
+        scale_advantages: divide a group's advantages by its standard deviation (Shao et al. 2024), or do not (Liu et
+            al. 2025).
+        loss_weights: "token": all response tokens of a step count alike; "sequence": all responses do (Shao et al.
+            2024); "constant": a token counts 1 / max_new_tokens of a response (Liu et al. 2025).
+    """
+
+    scale_advantages: bool = True
+    loss_weights: Literal["token", "sequence", "constant"] = "token"
 
 
 class GRPO(Trainer):
-    """A GRPO run; arguments as `PPO`, with ``responses_per_prompt`` of at least 2."""
+    """A GRPO run of any causal language model with any reward; arguments and errors as in `loop.Trainer`."""
 
-    algorithm = "grpo"
+    algorithm, config_type = "grpo", GRPOConfig
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        reward: Reward | TextFunction,
-        config: GRPOConfig | None = None,
-        *,
-        seed: int = 0,
-        sampler: Callable[..., Completions] = hf.sample,
-    ):
-        self.config = config = config or GRPOConfig()
-        self.run = Run(tokenizer, reward, sampler, seed, config)
-        self.networks = networks.build(model, critic="none", seed=seed, **network_options(config))
-        self.run.attach(self.networks)
-        self.learner = Learner(self.networks, {POLICY: config.policy_lr}, **learner_options(config))
-        self.kl_coefficient = config.kl_coefficient
-
-    def update(self, prompts: Sequence[Prompt]) -> tuple[dict[str, float], Completions]:
-        """One update on fresh roll-outs; arguments, result and errors as `PPO.update`."""
+    def estimate_advantages(self, rollouts: Rollouts) -> Rollouts:
+        """Advantages of the scores within each prompt's group, the same at every token of a response."""
         config = self.config
-        rollouts, completions = self.run.collect(self.networks, prompts)
-        rollouts, evaluated = self.evaluate(rollouts)
-        self.run.check_sampler(rollouts)
         advantages = group_relative(rollouts.scores, config.responses_per_prompt, scale=config.scale_advantages)
-        rollouts = replace(rollouts, advantages=advantages[:, None] * rollouts.mask)
-
-        self.learner.set_rates(self.run.num_updates)
-        steps = []
-        for index in self.run.minibatches(len(rollouts)):
-            steps.append(self.step(rollouts, index, evaluated))
-            evaluated = None  # the policy has moved
-            if config.max_ratio_kl is not None and steps[-1]["ratio_kl_nats"] > config.max_ratio_kl:
-                break
-
-        metrics = rollout_metrics(rollouts, steps, self.kl_coefficient)
-        self.kl_coefficient = adapted(
-            self.kl_coefficient, metrics["kl_nats"], config.kl_target, len(rollouts), config.kl_horizon
-        )
-        self.run.num_updates += 1
-        return metrics, completions
-
-    def evaluate(self, rollouts: Rollouts) -> tuple[Rollouts, Evaluation | None]:
-        """Fill in log-probabilities of policy and reference; see `PPO.evaluate`."""
-        most, first = self.config.max_tokens_per_pass, next(self.run.minibatches(len(rollouts)))
-        reference = evaluate_all(self._evaluate_reference, rollouts, most)
-        now, of_first = evaluate_before_training(self._evaluate, rollouts, most, first)
-        return replace(rollouts, logprobs=now.logprobs, ref_logprobs=reference.logprobs), of_first
+        return replace(rollouts, advantages=advantages[:, None] * rollouts.mask)
 
     def step(self, rollouts: Rollouts, index: torch.Tensor, evaluated: Evaluation | None = None) -> dict[str, float]:
-        """One optimiser step on the roll-outs at ``index``, and its record; see `PPO.step`."""
-        config = self.config
+        """One optimiser step; tokens count as ``loss_weights`` says. See `Trainer.descend`."""
         batch = rollouts[index]
-        batch = replace(batch, weights=token_weights(batch.mask, config.loss_weights, config.max_new_tokens))
-        num_tokens = int(batch.mask.sum())
-        with self.learner.step(self.run.num_updates) as record:
-            parts = []
-            for part in batch.passes(config.max_tokens_per_pass):
-                loss, terms = self.loss(part, evaluated or self._evaluate(part), num_tokens)
-                loss.backward()
-                parts.append(terms)
-            record.update(summed(parts))
-        return record
+        weights = token_weights(batch.mask, self.config.loss_weights, self.config.max_new_tokens)
+        return self.descend(replace(batch, weights=weights), evaluated, num_tokens=int(batch.mask.sum()))
 
     def loss(self, batch: Rollouts, now: Evaluation, num_tokens: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The loss of a part of a minibatch, and its terms: the loss by ``batch.weights``, the rest as this part's
-        share of a mean over the minibatch's ``num_tokens`` response tokens."""
+        """The loss of a part of a minibatch, weighted by ``batch.weights``, and its terms; all terms but the loss are
+        this part's share of a mean over the ``num_tokens`` response tokens of the minibatch."""
         ratio = torch.exp(now.logprobs - batch.logprobs)
         policy_loss, clipped = clipped_surrogate(ratio, batch.advantages, self.config.clip)
         policy_loss = policy_loss + self.kl_coefficient * kl_terms(now.logprobs, batch.ref_logprobs, "k3")
@@ -107,10 +63,3 @@ class GRPO(Trainer):
         }
         means = {name: (batch.mask * term).sum() / num_tokens for name, term in observed.items()}
         return policy_loss - self.config.entropy_coefficient * entropy, {"policy_loss": policy_loss} | means
-
-    def _evaluate(self, batch: Rollouts) -> Evaluation:
-        entropy_gradient = self.config.entropy_coefficient > 0
-        return evaluate(self.networks, batch, POLICY, self.config.temperature, entropy_gradient=entropy_gradient)
-
-    def _evaluate_reference(self, batch: Rollouts) -> Evaluation:
-        return evaluate(self.networks, batch, REFERENCE, self.config.temperature)

@@ -1,7 +1,8 @@
-"""What the trainers share outside of their equations: drawing roll-outs, minibatches, the outer loop, resuming."""
+"""What PPO, GRPO and RLOO do alike: one update around their own advantages and losses, the outer loop, resuming."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,19 +10,34 @@ import numpy as np
 import pandas as pd
 import torch
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhfscale.models import loading, parallel
-from rlhfscale.rewards.base import as_reward
+from rlhfscale.models.loading import POLICY
+from rlhfscale.rewards.base import Reward, TextFunction, as_reward, checked
 from rlhfscale.rewards.shared import attach
-from rlhfscale.rl import learner
+from rlhfscale.rl import learner, networks
 from rlhfscale.rl.config import Config
-from rlhfscale.rl.rollout import Prompt, Rollouts, collect, encode
-from rlhfscale.samplers import Completions, repeated, request_seeds
+from rlhfscale.rl.kl import adapted
+from rlhfscale.rl.metrics import explained_variance, rollout_metrics, summed
+from rlhfscale.rl.networks import REFERENCE
+from rlhfscale.rl.rollout import (
+    Evaluation,
+    Prompt,
+    Rollouts,
+    encode,
+    evaluate,
+    evaluate_all,
+    evaluate_before_training,
+    evaluate_values,
+    from_sequences,
+    joined,
+)
+from rlhfscale.samplers import Completions, hf, repeated, request_seeds, together
 
 Prompts = Sequence[Prompt] | Callable[[int], Sequence[Prompt]]
-"""A list that is passed through in random order again and again, or a function from an update's index to its
-prompts."""
+"""Prompts of a run: a list, of which every update takes the next in random order; or a function from an update's index
+to its prompts."""
 
 CHECKPOINT, METRICS = "checkpoint", "metrics.csv"
 
@@ -31,19 +47,19 @@ class SamplerGap(RuntimeError):
 
 
 class Run:
-    """A trainer's prompts, rewards and random numbers.
+    """The prompts, rewards and random numbers of a trainer.
 
-    Every random number follows from the seed and the number of updates done, so that is all there is to resume.
+    Every random number follows from the seed and the number of updates done, so a resumed run needs only these two.
 
     Raises:
-        ValueError: a tokenizer without end-of-sequence token.
-        TypeError: what was given as reward can score nothing.
+        ValueError: the tokenizer has no end-of-sequence token.
+        TypeError: the reward can score nothing.
     """
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        reward: Any,
+        reward: Reward | TextFunction,
         sampler: Callable[..., Completions],
         seed: int,
         config: Config,
@@ -53,14 +69,18 @@ class Run:
         self.seed, self.config = seed, config
         self.num_updates = 0
 
-    def attach(self, networks) -> None:
-        """Let rewards that share the networks' base be read on it."""
-        attach(self.reward, networks)
-
+    @torch.no_grad()
     def collect(self, networks, prompts: Sequence[Prompt]) -> tuple[Rollouts, Completions]:
-        """Fresh roll-outs, the responses to one prompt in a row.
+        """Sample and score responses; those to one prompt stand in a row.
 
-        Raises ValueError for a wrong number of prompts, or one that is empty or too long for the context.
+        A sampler that keeps a copy of the policy elsewhere first receives the current policy, by its ``push``.
+
+        Returns:
+            the roll-outs, whose log-probabilities and values are still 0, and the responses as they were sampled.
+
+        Raises:
+            ValueError: the number of prompts is wrong; a prompt is empty or too long for the context; a response is
+                empty; or the scores are not one finite number for each response (names the index).
         """
         config = self.config
         if len(prompts) != config.prompts_per_update:
@@ -68,17 +88,17 @@ class Run:
         encoded = encode(self.tokenizer, prompts)
         check_lengths(encoded, networks.base.config, config.max_new_tokens)
         asked = repeated(encoded, config.responses_per_prompt, config.temperature)
-        return collect(
-            networks,
-            self.tokenizer,
-            self.reward,
-            self.sampler,
-            asked,
-            request_seeds((self.seed, 1, self.num_updates), len(asked)),
-            temperature=config.temperature,
-            max_new_tokens=config.max_new_tokens,
-            missing_eos_penalty=config.missing_eos_penalty,
-        )
+        seeds = request_seeds((self.seed, 1, self.num_updates), len(asked))
+        options = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature}
+        if hasattr(self.sampler, "push"):
+            self.sampler.push(networks)
+        with networks.decoder() as policy:
+            completions = together.sample(self.sampler, policy, asked, seeds=seeds, tokenizer=self.tokenizer, **options)
+            device = policy.device
+        sequences = joined(asked, completions, self.tokenizer)
+        scores = torch.from_numpy(checked(self.reward.score(sequences), len(sequences))).to(device)
+        rollouts = from_sequences(sequences, completions, device)
+        return replace(rollouts, scores=scores - config.missing_eos_penalty * (~rollouts.finished)), completions
 
     def check_sampler(self, rollouts: Rollouts) -> None:
         """Raise SamplerGap where the sampler drew from another policy than the trainer evaluated (see `Config`)."""
@@ -92,14 +112,30 @@ class Run:
             )
 
     def minibatches(self, num_rollouts: int) -> Iterator[torch.Tensor]:
-        """int64 [minibatch]: every epoch's roll-outs in an order of its own."""
+        """int64 [minibatch]: the roll-outs of each optimiser step; each epoch has its own random order."""
         rng = np.random.default_rng((self.seed, 0, self.num_updates))
         for _ in range(self.config.epochs):
             order = torch.from_numpy(rng.permutation(num_rollouts))
             yield from order.split(self.config.rollouts_per_step)
 
-    def state(self) -> dict:
-        return {"seed": self.seed, "config": self.config.model_dump(mode="json")}
+    def shuffled(self, prompts: Sequence[Prompt]) -> Callable[[int], list[Prompt]]:
+        """A function from an update's index to its prompts: one random permutation of all prompts after another.
+
+        The order depends on the seed and the update alone. Raises ValueError for no prompt.
+        """
+        if len(prompts) == 0:
+            raise ValueError("prompts: none given")
+        seed, count = self.seed, self.config.prompts_per_update
+
+        def draw(update: int) -> list[Prompt]:
+            positions = np.arange(update * count, (update + 1) * count)
+            orders = {
+                epoch: np.random.default_rng((seed, 2, epoch)).permutation(len(prompts))
+                for epoch in np.unique(positions // len(prompts)).tolist()
+            }
+            return [prompts[orders[p // len(prompts)][p % len(prompts)]] for p in positions.tolist()]
+
+        return draw
 
 
 def check_lengths(prompts: Sequence[Sequence[int]], config, max_new_tokens: int) -> None:
@@ -115,29 +151,146 @@ def check_lengths(prompts: Sequence[Sequence[int]], config, max_new_tokens: int)
             )
 
 
-def network_options(config: Config) -> dict[str, Any]:
-    """The part of a config that `networks.build` takes."""
-    targets = config.lora_targets if isinstance(config.lora_targets, str) else list(config.lora_targets)
-    return {
-        "adapter": config.adapter,
-        "rank": config.lora_rank,
-        "alpha": config.lora_alpha,
-        "targets": targets,
-        "gradient_checkpointing": config.gradient_checkpointing,
-        "compute_dtype": torch.bfloat16 if config.compute_dtype == "bf16" else None,
-    }
-
-
-def learner_options(config: Config) -> dict[str, Any]:
-    """The part of a config that `Learner` takes."""
-    return {name: getattr(config, name) for name in ("warmup_updates", "weight_decay", "max_grad_norm")}
-
-
 class Trainer:
-    """The outer loop, saving and resuming of a trainer that has `run`, `networks`, `learner`, `kl_coefficient` and
-    ``update(prompts)``; the equations are in the trainers."""
+    """A run of one algorithm, which adds three methods:
+
+    - ``estimate_advantages(rollouts)`` fills in the advantages, from scores, log-probabilities and values;
+    - ``loss(part, evaluation)`` is the loss of a part of a minibatch;
+    - ``step(rollouts, index)`` says what each token counts in the loss, and calls `descend`.
+
+    Args:
+        model: the causal language model to train. It is frozen and given adapters in place, or trained whole, as
+            ``config.adapter`` says.
+        tokenizer: the model's tokenizer.
+        reward: a function ``(prompts, responses) -> rewards`` of lists of text; or an object with ``score(sequences)``,
+            such as a reward model or a mixture of `rlhfscale.rewards`.
+        config: hyper-parameters; the algorithm's defaults unless given.
+        seed: decides adapters, sampling, and the order of prompts and of minibatches.
+        sampler: draws the responses, see `samplers`.
+
+    Raises:
+        ValueError, TypeError: a model, tokenizer or reward cannot be used. This is found before anything is computed.
+    """
 
     algorithm: str
+    config_type: type[Config]
+    estimate_advantages: Callable[[Rollouts], Rollouts]
+    step: Callable[..., dict[str, float]]
+    loss: Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]]
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        reward: Reward | TextFunction,
+        config: Any = None,
+        *,
+        seed: int = 0,
+        sampler: Callable[..., Completions] = hf.sample,
+    ):
+        self.config = config = config or self.config_type()
+        self.run = Run(tokenizer, reward, sampler, seed, config)
+        targets = config.lora_targets if isinstance(config.lora_targets, str) else list(config.lora_targets)
+        self.networks = networks.build(
+            model,
+            adapter=config.adapter,
+            critic=getattr(config, "critic", "none"),
+            rank=config.lora_rank,
+            alpha=config.lora_alpha,
+            targets=targets,
+            gradient_checkpointing=config.gradient_checkpointing,
+            compute_dtype=torch.bfloat16 if config.compute_dtype == "bf16" else None,
+            seed=seed,
+        )
+        attach(self.run.reward, self.networks)
+        self.learner = learner.Learner(
+            self.networks,
+            config.learning_rates,
+            warmup_updates=config.warmup_updates,
+            weight_decay=config.weight_decay,
+            max_grad_norm=config.max_grad_norm,
+        )
+        self.kl_coefficient = config.kl_coefficient
+
+    def update(self, prompts: Sequence[Prompt]) -> tuple[dict[str, float], Completions]:
+        """Sample, score, estimate advantages, and take a few epochs of optimiser steps.
+
+        Args:
+            prompts: ``prompts_per_update`` prompts: text, token ids or conversations.
+
+        Returns:
+            the update's metrics (see `rl.metrics`), and the responses, prompt by prompt.
+
+        Raises:
+            ValueError: as `Run.collect`.
+            SamplerGap: the sampler drew from another policy (see ``max_sampler_gap``).
+            lm.Diverged: a loss or a gradient is not finite.
+        """
+        config, run = self.config, self.run
+        rollouts, completions = run.collect(self.networks, prompts)
+        rollouts, evaluated = self.evaluate(rollouts)
+        run.check_sampler(rollouts)
+        rollouts = self.estimate_advantages(rollouts)
+
+        self.learner.set_rates(run.num_updates)
+        steps = []
+        for index in run.minibatches(len(rollouts)):
+            steps.append(self.step(rollouts, index, evaluated))
+            evaluated = None  # the networks have moved
+            if config.max_ratio_kl is not None and steps[-1]["ratio_kl_nats"] > config.max_ratio_kl:
+                break
+
+        metrics = rollout_metrics(rollouts, steps, self.kl_coefficient)
+        if self.networks.value_head:
+            metrics["explained_variance"] = explained_variance(rollouts)
+        self.kl_coefficient = adapted(
+            self.kl_coefficient, metrics["kl_nats"], config.kl_target, len(rollouts), config.kl_horizon
+        )
+        run.num_updates += 1
+        return metrics, completions
+
+    def evaluate(self, rollouts: Rollouts) -> tuple[Rollouts, Evaluation | None]:
+        """Fill in the log-probabilities under policy and reference, and the critic's values where there is a critic.
+
+        Returns:
+            the roll-outs, and the evaluation with gradients that the first step needs (see `evaluate_before_training`).
+        """
+        most, first = self.config.max_tokens_per_pass, next(self.run.minibatches(len(rollouts)))
+        reference = evaluate_all(self._evaluate_reference, rollouts, most)
+        now, of_first = evaluate_before_training(self._evaluate, rollouts, most, first)
+        values = rollouts.values if now.values is None else now.values
+        filled = replace(rollouts, logprobs=now.logprobs, ref_logprobs=reference.logprobs, values=values)
+        return filled, of_first
+
+    def descend(self, batch: Rollouts, evaluated: Evaluation | None = None, **totals: int) -> dict[str, float]:
+        """Take one optimiser step on a weighted minibatch, in passes of at most ``max_tokens_per_pass`` tokens.
+
+        Args:
+            batch: the minibatch, with ``weights``.
+            evaluated: what the networks say of it now, with gradients; computed where it is None.
+            totals: numbers of the whole minibatch that ``loss`` needs.
+
+        Returns:
+            the step's record: the terms of the loss summed over the passes, and the gradient norms.
+        """
+        with self.learner.step(self.run.num_updates) as record:
+            parts = []
+            for part in batch.passes(self.config.max_tokens_per_pass):
+                loss, terms = self.loss(part, evaluated or self._evaluate(part), **totals)
+                loss.backward()
+                parts.append(terms)
+            record.update(summed(parts))
+        return record
+
+    def _evaluate(self, batch: Rollouts) -> Evaluation:
+        """Log-probabilities, entropies and, with a critic, values, all with gradients."""
+        config, has_bonus = self.config, self.config.entropy_coefficient > 0
+        found = evaluate(self.networks, batch, POLICY, config.temperature, entropy_gradient=has_bonus)
+        separate = self.networks.critic_role != POLICY
+        return replace(found, values=evaluate_values(self.networks, batch)) if separate else found
+
+    def _evaluate_reference(self, batch: Rollouts) -> Evaluation:
+        return evaluate(self.networks, batch, REFERENCE, self.config.temperature)
 
     def train(
         self,
@@ -167,7 +320,7 @@ class Trainer:
             learner.CheckpointError: the folder holds a run of another model, config or seed.
         """
         folder = Path(folder) if folder is not None else None
-        source = prompts if callable(prompts) else self._shuffled(prompts)
+        source = prompts if callable(prompts) else self.run.shuffled(prompts)
         records = self._resume(folder) if folder else []
         parallel.barrier()  # nobody writes before all have read
         writer = _tensorboard(folder) if tensorboard and parallel.rank() == 0 else None
@@ -207,7 +360,8 @@ class Trainer:
         self.run.num_updates, self.kl_coefficient = state["num_updates"], state["kl_coefficient"]
 
     def _identity(self) -> dict:
-        return {"algorithm": self.algorithm} | self.run.state()
+        config = self.config.model_dump(mode="json")
+        return {"algorithm": self.algorithm, "seed": self.run.seed, "config": config}
 
     def _resume(self, folder: Path) -> list[dict[str, float]]:
         folder.mkdir(parents=True, exist_ok=True)
@@ -217,22 +371,6 @@ class Trainer:
         metrics = pd.read_csv(folder / METRICS) if (folder / METRICS).exists() else pd.DataFrame({"update": []})
         records = metrics[metrics["update"] < self.run.num_updates].to_dict("records")
         return json.loads(parallel.of_first(json.dumps(records).encode()))
-
-    def _shuffled(self, prompts: Sequence[Prompt]) -> Callable[[int], list[Prompt]]:
-        """Prompts in an order that depends on the seed and the update alone: epochs of permutations, end to end."""
-        if len(prompts) == 0:
-            raise ValueError("prompts: none given")
-        seed, count = self.run.seed, self.run.config.prompts_per_update
-
-        def draw(update: int) -> list[Prompt]:
-            positions = np.arange(update * count, (update + 1) * count)
-            orders = {
-                epoch: np.random.default_rng((seed, 2, epoch)).permutation(len(prompts))
-                for epoch in np.unique(positions // len(prompts)).tolist()
-            }
-            return [prompts[orders[p // len(prompts)][p % len(prompts)]] for p in positions.tolist()]
-
-        return draw
 
 
 def _tensorboard(folder: Path | None):

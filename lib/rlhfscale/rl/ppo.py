@@ -1,119 +1,58 @@
-"""Proximal policy optimisation with a critic (Schulman et al. 2017), KL-penalised as in Stiennon et al. 2020.
+"""Proximal policy optimisation with a critic (Schulman et al. 2017), with a KL penalty as in Stiennon et al. 2020.
 
-One update, top to bottom: sample; score; penalise divergence from the reference; estimate advantages with the critic; a
-few epochs of clipped losses on policy and critic. GRPO and RLOO are its siblings without a critic.
+`loop.Trainer.update` samples responses, scores them, and evaluates them under policy, reference and critic. Two things
+are PPO's own. `PPO.estimate_advantages` subtracts the KL penalty from the rewards and estimates advantages with the
+critic (GAE). `PPO.loss` is the clipped loss of policy and critic, on which each minibatch takes one step.
 """
 
-from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Literal
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from pydantic import Field
 
-from rlhfscale.models.loading import CRITIC, POLICY
-from rlhfscale.rewards.base import Reward, TextFunction
-from rlhfscale.rl import networks
+from rlhfscale.models.loading import CRITIC
 from rlhfscale.rl.advantages import gae, whiten
-from rlhfscale.rl.config import PPOConfig
-from rlhfscale.rl.kl import adapted, kl_terms
-from rlhfscale.rl.learner import Learner
-from rlhfscale.rl.loop import Run, Trainer, learner_options, network_options
+from rlhfscale.rl.config import Config
+from rlhfscale.rl.kl import kl_terms
+from rlhfscale.rl.loop import Trainer
 from rlhfscale.rl.losses import clipped_surrogate, clipped_value, token_weights
-from rlhfscale.rl.metrics import explained_variance, rollout_metrics, summed
-from rlhfscale.rl.networks import REFERENCE
-from rlhfscale.rl.rollout import (
-    Evaluation,
-    Prompt,
-    Rollouts,
-    evaluate,
-    evaluate_all,
-    evaluate_before_training,
-    evaluate_values,
-    token_rewards,
-)
-from rlhfscale.samplers import Completions, hf
+from rlhfscale.rl.rollout import Evaluation, Rollouts, token_rewards
+
+
+class PPOConfig(Config):
+    """Hyper-parameters of PPO, beside those of `Config`.
+
+    Attributes:
+        critic: "trunk" reads values by a head on the policy's own trunk, so that one pass serves both; "separate" gives
+            the critic an adapter of its own (with adapter "none", a copy of the trunk).
+        critic_lr: AdamW's learning rate for the value head, and for a separate critic.
+        value_clip: half-width of the clipping range of the values.
+        value_coefficient: weight of the value loss where the trunk is shared.
+        gamma, lam: discount and lambda of GAE.
+        kl_estimator: estimator of the KL penalty at each token, see `kl`.
+        whiten_rewards: divide the scores of an update by their standard deviation.
+    """
+
+    critic: Literal["trunk", "separate"] = "trunk"
+    critic_lr: float = Field(1e-3, gt=0)
+    value_clip: float = Field(0.2, gt=0)
+    value_coefficient: float = Field(0.1, gt=0)
+    gamma: float = Field(1.0, gt=0, le=1)
+    lam: float = Field(0.95, ge=0, le=1)
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    whiten_rewards: bool = False
+
+    @property
+    def learning_rates(self) -> dict[str, float]:
+        """Learning rates of policy and critic."""
+        return super().learning_rates | {CRITIC: self.critic_lr}
 
 
 class PPO(Trainer):
-    """A PPO run of any transformers causal language model with any reward.
+    """A PPO run of any causal language model with any reward; arguments and errors as in `loop.Trainer`."""
 
-    Args:
-        model: the model to train; it is frozen and given adapters in place, or trained whole (``config.adapter``).
-        tokenizer: its tokenizer.
-        reward: a function ``(prompts, responses) -> rewards`` of lists of text, or an object with
-            ``score(sequences)``, such as a reward model or a mixture of `rlhfscale.rewards`.
-        config: hyper-parameters.
-        seed: decides adapters, sampling, and the order of prompts and of minibatches.
-        sampler: draws the responses, see `samplers`.
-
-    Raises:
-        ValueError, TypeError: a model, tokenizer or reward that cannot work, before any compute.
-    """
-
-    algorithm = "ppo"
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        reward: Reward | TextFunction,
-        config: PPOConfig | None = None,
-        *,
-        seed: int = 0,
-        sampler: Callable[..., Completions] = hf.sample,
-    ):
-        self.config = config = config or PPOConfig()
-        self.run = Run(tokenizer, reward, sampler, seed, config)
-        self.networks = networks.build(model, critic=config.critic, seed=seed, **network_options(config))
-        self.run.attach(self.networks)
-        rates = {POLICY: config.policy_lr, CRITIC: config.critic_lr}
-        self.learner = Learner(self.networks, rates, **learner_options(config))
-        self.kl_coefficient = config.kl_coefficient
-
-    def update(self, prompts: Sequence[Prompt]) -> tuple[dict[str, float], Completions]:
-        """One update on fresh roll-outs.
-
-        Args:
-            prompts: ``prompts_per_update`` prompts: text, token ids or conversations.
-
-        Returns:
-            the update's metrics (see `rl.metrics`), and the responses, prompt by prompt.
-
-        Raises:
-            ValueError: a prompt that is empty or too long, a reward that is not finite or not one for each response.
-            loop.SamplerGap: the sampler drew from another policy (see ``max_sampler_gap``).
-            lm.Diverged: a loss or a gradient is not finite.
-        """
-        config = self.config
-        rollouts, completions = self.run.collect(self.networks, prompts)
-        rollouts, evaluated = self.evaluate(rollouts)
-        self.run.check_sampler(rollouts)
-        rollouts = self.estimate_advantages(rollouts)
-
-        self.learner.set_rates(self.run.num_updates)
-        steps = []
-        for index in self.run.minibatches(len(rollouts)):
-            steps.append(self.step(rollouts, index, evaluated))
-            evaluated = None  # the networks have moved
-            if config.max_ratio_kl is not None and steps[-1]["ratio_kl_nats"] > config.max_ratio_kl:
-                break
-
-        metrics = rollout_metrics(rollouts, steps, self.kl_coefficient)
-        metrics["explained_variance"] = explained_variance(rollouts)
-        self.kl_coefficient = adapted(
-            self.kl_coefficient, metrics["kl_nats"], config.kl_target, len(rollouts), config.kl_horizon
-        )
-        self.run.num_updates += 1
-        return metrics, completions
-
-    def evaluate(self, rollouts: Rollouts) -> tuple[Rollouts, Evaluation | None]:
-        """Fill in log-probabilities, reference log-probabilities and values; and what `evaluate_before_training` has
-        for the first step."""
-        most, first = self.config.max_tokens_per_pass, next(self.run.minibatches(len(rollouts)))
-        reference = evaluate_all(self._evaluate_reference, rollouts, most)
-        now, of_first = evaluate_before_training(self._evaluate, rollouts, most, first)
-        filled = {"logprobs": now.logprobs, "values": now.values, "ref_logprobs": reference.logprobs}
-        return replace(rollouts, **filled), of_first
+    algorithm, config_type = "ppo", PPOConfig
 
     def estimate_advantages(self, rollouts: Rollouts) -> Rollouts:
         """Rewards at tokens, then advantages, whitened over response tokens, and returns."""
@@ -127,20 +66,9 @@ class PPO(Trainer):
         return replace(rollouts, advantages=whiten(advantages, rollouts.mask), returns=returns)
 
     def step(self, rollouts: Rollouts, index: torch.Tensor, evaluated: Evaluation | None = None) -> dict[str, float]:
-        """One optimiser step of policy and critic on the roll-outs at ``index``, and its record.
-
-        ``evaluated`` is what the networks say of these now, if that is known.
-        """
+        """One optimiser step of policy and critic; all response tokens count alike. See `Trainer.descend`."""
         batch = rollouts[index]
-        batch = replace(batch, weights=token_weights(batch.mask))
-        with self.learner.step(self.run.num_updates) as record:
-            parts = []
-            for part in batch.passes(self.config.max_tokens_per_pass):
-                loss, terms = self.loss(part, evaluated or self._evaluate(part))
-                loss.backward()
-                parts.append(terms)
-            record.update(summed(parts))
-        return record
+        return self.descend(replace(batch, weights=token_weights(batch.mask)), evaluated)
 
     def loss(self, batch: Rollouts, now: Evaluation) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss of a part of a minibatch, and its terms: sums over tokens, weighted by ``batch.weights``."""
@@ -160,14 +88,3 @@ class PPO(Trainer):
         value_coefficient = config.value_coefficient if config.critic == "trunk" else 1.0
         loss = terms["policy_loss"] + value_coefficient * terms["value_loss"]
         return loss - config.entropy_coefficient * terms["entropy_nats"], terms
-
-    def _evaluate(self, batch: Rollouts) -> Evaluation:
-        """Log-probabilities, entropies and values with gradients."""
-        config = self.config
-        found = evaluate(
-            self.networks, batch, POLICY, config.temperature, entropy_gradient=config.entropy_coefficient > 0
-        )
-        return found if config.critic == "trunk" else replace(found, values=evaluate_values(self.networks, batch))
-
-    def _evaluate_reference(self, batch: Rollouts) -> Evaluation:
-        return evaluate(self.networks, batch, REFERENCE, self.config.temperature)

@@ -1,18 +1,14 @@
 """Roll-outs: sampled responses with everything a trainer needs to learn from them."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from rlhfscale.models import packing, parallel
 from rlhfscale.models.sequences import Sequences
-from rlhfscale.rewards.base import checked
 from rlhfscale.rl.logprobs import response_tokens, token_logprobs, with_entropy_gradient
-from rlhfscale.samplers import together
 from rlhfscale.samplers.base import Completions
 
 Prompt = str | Sequence[int] | Sequence[dict[str, str]]
@@ -186,39 +182,6 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
     if len(prompt) and isinstance(prompt[0], dict):
         return list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"])
     return [int(token) for token in prompt]
-
-
-@torch.no_grad()
-def collect(
-    networks,
-    tokenizer: PreTrainedTokenizerBase,
-    reward: Any,
-    sampler: Callable[..., Completions],
-    prompts: list[list[int]],
-    seeds: np.ndarray,
-    *,
-    temperature: float,
-    max_new_tokens: int,
-    missing_eos_penalty: float,
-) -> tuple[Rollouts, Completions]:
-    """Sample one response to each prompt and score it; log-probabilities and values are left at 0.
-
-    A sampler with a copy of the policy elsewhere is given the policy of now first, by its ``push``.
-
-    Raises:
-        ValueError: an empty prompt or response; a reward of wrong length, or one that is not finite (names the index).
-    """
-    if hasattr(sampler, "push"):
-        sampler.push(networks)
-    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "tokenizer": tokenizer}
-    with networks.decoder() as policy:
-        completions = together.sample(sampler, policy, prompts, seeds=seeds, **options)
-        device = policy.device
-    sequences = joined(prompts, completions, tokenizer)
-    scores = checked(reward.score(sequences), len(sequences))
-    batch = from_sequences(sequences, completions, device)
-    scores = torch.from_numpy(scores).to(batch.ids.device) - missing_eos_penalty * (~batch.finished)
-    return replace(batch, scores=scores), completions
 
 
 def joined(prompts: Sequence[Sequence[int]], completions: Completions, tokenizer: PreTrainedTokenizerBase) -> Sequences:
