@@ -60,8 +60,6 @@ def test_every_dependency_is_pinned_and_its_lower_bound_holds():
 def test_no_pin_moves_for_vllm():
     assert "-c laptop.txt" in (ROOT / "requirements" / "vllm.txt").read_text().splitlines()
     assert not pins("vllm.txt").keys() & pins("laptop.txt").keys()
-    text = make("VENV=/nowhere", ".install-vllm-cuda")
-    assert "--override requirements/laptop.txt vllm==0.32.0" in text
 
 
 def asked_for(package: str, extras: tuple[str, ...] = ()) -> set[str]:
@@ -109,28 +107,20 @@ def make(*arguments: str) -> str:
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
 
 
-def test_make_figures_sets_up_then_runs_the_figures(tmp_path):
-    text = make(f"VENV={tmp_path}/venv", "figures", "TIER=smoke", "FIGURE=01 06")
-    steps = ["-m venv", "torch==", "-r requirements/laptop.txt", "--editable .", "run --tier smoke"]
-    places = [text.index(step) for step in steps]
-    assert places == sorted(places)
-    assert text.rstrip().endswith("--workers 2 --figure 01 --figure 06")
-    assert "UV_FIND_LINKS='/a,/b'" in text and "dev.txt" not in text
-    assert "-r requirements/dev.txt" in make(f"VENV={tmp_path}/venv", "test")
+def test_make_sets_up_what_a_target_needs(tmp_path):
+    venv = f"{tmp_path}/venv"
+    text = make(f"VENV={venv}", "figures", "TIER=smoke", "FIGURE=01 06")
+    set_up, run = text.splitlines()[-2:]
+    assert set_up.split()[1:] == ["requirements/set_up.py", venv, "laptop"]
+    assert run == f"{venv}/bin/rlhfscale run --tier smoke --workers 2 --figure 01 --figure 06"
+    assert f"{venv} dev" in make(f"VENV={venv}", "test")
+    assert f"{venv} laptop ray s3" in make(f"VENV={venv}", "setup", "EXTRAS=ray s3")
+    assert f"{venv} laptop smollm2 qlora" in " ".join(make(f"VENV={venv}", "plan", "FIGURE=20_real_model").split())
+    assert f"{venv} laptop smollm2 qlora" in " ".join(make(f"VENV={venv}", "figures", "TIER=gpu24").split())
 
 
-def test_make_skips_the_set_up_when_nothing_changed(tmp_path):
-    for stamp in (".laptop", ".dev"):
-        (tmp_path / stamp).touch()
-    text = make(f"VENV={tmp_path}", "figures")
-    assert text.strip() == f"{tmp_path}/bin/rlhfscale run --tier laptop --workers 2"
-    os.utime(tmp_path / ".laptop", (1, 1))
-    assert "--editable ." in make(f"VENV={tmp_path}", "figures")
-
-
-def test_make_finds_a_python(tmp_path):
-    text = make(f"VENV={tmp_path}/venv", "setup")
-    python = re.search(r"\|\| (\S+) -m venv", text).group(1)
+def test_make_finds_a_python():
+    python = re.search(r"(\S+) requirements/set_up.py", make("setup")).group(1)
     check = [python, "-c", "import sys; assert sys.version_info >= (3, 11)"]
     subprocess.run(check, check=True)
 
