@@ -237,22 +237,10 @@ def test_missing_gold_makes_no_pair():
     scores = np.concatenate([SCORES, np.full((3, 2), 9.0, np.float32)], 1)
     np.testing.assert_array_equal(metrics.pair_accuracy(scores, gold), metrics.pair_accuracy(SCORES, GOLD))
     assert metrics.num_pairs(gold) == metrics.num_pairs(GOLD)
-    np.testing.assert_array_equal(metrics.pair_probabilities(scores, gold), metrics.pair_probabilities(SCORES, GOLD))
 
 
 def test_the_number_of_pairs():
     assert metrics.num_pairs(GOLD) == len(list(ordered_pairs())) == 10
-
-
-def test_pair_probabilities_equal_a_loop_over_pairs():
-    expected = []
-    for p, (i, j) in itertools.product(range(3), itertools.combinations(range(4), 2)):
-        if GOLD[p, i] != GOLD[p, j]:
-            expected.append((1 / (1 + math.exp(SCORES[p, j] - SCORES[p, i])), GOLD[p, i] > GOLD[p, j]))
-    probabilities, right = metrics.pair_probabilities(SCORES, GOLD)
-    np.testing.assert_allclose(probabilities, [probability for probability, _ in expected], rtol=1e-6)
-    np.testing.assert_array_equal(right, [truth for _, truth in expected])
-    assert right.any() and not right.all()
 
 
 def test_sigmoid_does_not_overflow():
@@ -261,58 +249,3 @@ def test_sigmoid_does_not_overflow():
             metrics.sigmoid(np.array([0.0, 2.0, -2.0])), [0.5, 1 / (1 + math.exp(-2)), 1 / (1 + math.exp(2))]
         )
     np.testing.assert_allclose(metrics.sigmoid(np.array([-1000.0, 1000.0])), [0, 1])
-
-
-def test_calibration_by_hand():
-    """Bins {0.1, 0.2} with one right of two, {0.3}, none, {0.9, 1.0}; a bound belongs to the bin above."""
-    found = metrics.calibration(np.array([0.1, 0.2, 0.3, 0.9, 1.0]), np.array([0, 1, 1, 1, 1]), num_bins=4)
-    table = found.table
-    assert list(table.columns) == ["low", "high", "count", "probability", "correct"]
-    assert table["count"].tolist() == [2, 1, 0, 2]
-    np.testing.assert_allclose(table["low"], [0, 0.25, 0.5, 0.75])
-    np.testing.assert_allclose(table["high"], [0.25, 0.5, 0.75, 1.0])
-    np.testing.assert_allclose(table["probability"], [0.15, 0.3, np.nan, 0.95])
-    np.testing.assert_allclose(table["correct"], [0.5, 1.0, np.nan, 1.0])
-    assert found.expected_error == pytest.approx((2 * 0.35 + 1 * 0.7 + 2 * 0.05) / 5)
-    assert found.brier == pytest.approx((0.01 + 0.64 + 0.49 + 0.01 + 0) / 5)
-    assert metrics.calibration(np.array([0.5, 0.25]), np.array([1, 0]), 4).table["count"].tolist() == [0, 1, 1, 0]
-
-
-def test_calibration_of_synthetic_probabilities():
-    """Calibrated ones have almost no error and the Brier score p (1 - p); overconfident ones have the error made."""
-    rng = np.random.default_rng(0)
-    probabilities = rng.random(100_000)
-    correct = rng.random(100_000) < probabilities
-    good = metrics.calibration(probabilities, correct)
-    assert good.expected_error < 0.01
-    assert good.brier == pytest.approx(1 / 6, abs=0.003)  # the mean of p (1 - p) over uniform p
-    logits = np.log(probabilities / (1 - probabilities))
-    bad = metrics.calibration(metrics.sigmoid(3 * logits), correct)
-    assert bad.expected_error == pytest.approx(np.abs(metrics.sigmoid(3 * logits) - probabilities).mean(), abs=0.01)
-    assert bad.expected_error > 0.1 and bad.brier > good.brier
-    assert len(metrics.calibration(probabilities, correct, num_bins=3).table) == 3
-
-
-def test_true_bradley_terry_scores_are_calibrated():
-    rng = np.random.default_rng(1)
-    scores = rng.normal(size=(4000, 2)).astype(np.float32)
-    first_wins = rng.random(4000) < metrics.sigmoid(scores[:, 0] - scores[:, 1])
-    gold = np.column_stack([first_wins, ~first_wins]).astype(np.float32)
-    assert metrics.calibration(*metrics.pair_probabilities(scores, gold)).expected_error < 0.04
-    assert metrics.calibration(*metrics.pair_probabilities(4 * scores, gold)).expected_error > 0.1
-
-
-@pytest.mark.parametrize(
-    ("probabilities", "correct", "num_bins", "message"),
-    [
-        ([0.5, 1.5], [0, 1], 10, "probability of sample 1 is out of range"),
-        ([0.5, np.nan], [0, 1], 10, "probability of sample 1 is out of range"),
-        ([0.5, 0.5], [2, 1], 10, "label of sample 0 is out of range"),
-        ([0.5], [0, 1], 10, "must be equal"),
-        ([], [], 10, "not empty"),
-        ([0.5], [1], 0, "num_bins: 0"),
-    ],
-)
-def test_bad_calibration_data_is_named(probabilities, correct, num_bins, message):
-    with pytest.raises(ValueError, match=message):
-        metrics.calibration(np.array(probabilities), np.array(correct), num_bins)

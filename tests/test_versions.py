@@ -23,7 +23,7 @@ SAMPLING = (*DOCUMENTS, *MODELS, "models/lora", "models/packing", "models/llama"
             "bed/responses")  # fmt: skip
 REWARD = (
     *SAMPLING, "models/lm", "models/optim", "models/sequences", "rewards/base", "rewards/losses", "rewards/labelled",
-    "rewards/metrics", "rewards/scorer", "rewards/outcome",
+    "rewards/metrics", "rewards/scorer", "rewards/training", "rewards/outcome",
 )  # fmt: skip
 TRAINERS = ("models/files", *(
     f"rl/{name}"

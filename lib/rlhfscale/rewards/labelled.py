@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from rlhfscale.models.sequences import Sequences
@@ -42,6 +43,10 @@ class Labelled:
 
     def __getitem__(self, index: np.ndarray | slice) -> "Labelled":
         return Labelled(self.sequences[index], self.group[index], self.gold[index], self.correct[index])
+
+    def labels(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """gold and correct (float32 [sequence]) and group (int64 [sequence]) as tensors on a device."""
+        return tuple(torch.from_numpy(x).to(device) for x in (self.gold, self.correct, self.group))
 
     def compared(self) -> np.ndarray:
         """bool [sequence]: has gold, and some response of its group has other gold."""
@@ -96,8 +101,13 @@ class Labelled:
             numbers, row = np.unique(part.group, return_inverse=True)
             groups.append(row + start)
             start += len(numbers)
+        sequences = [part.sequences for part in parts]
+        width = max(part.ids.shape[1] for part in sequences)
+        ids = np.concatenate([np.pad(part.ids, ((0, 0), (0, width - part.ids.shape[1]))) for part in sequences])
+        names = "prompt_lengths", "lengths", "finished"
+        joined = {name: np.concatenate([getattr(part, name) for part in sequences]) for name in names}
         gold, correct = (np.concatenate([getattr(part, name) for part in parts]) for name in ("gold", "correct"))
-        return cls(join([part.sequences for part in parts]), np.concatenate(groups), gold, correct)
+        return cls(replace(sequences[0], ids=ids, **joined), np.concatenate(groups), gold, correct)
 
 
 @dataclass(frozen=True)
@@ -158,15 +168,6 @@ def encode(
             raise ValueError(f"sample {index} holds a symbol that the tokenizer has no token for")
     tails = [[*tail, eos] if done else tail for tail, done in zip(tails, finished, strict=True)]
     return Sequences.join(heads, tails, finished, tokenizer, pad_id=0 if pad is None else pad)
-
-
-def join(parts: Sequence[Sequences]) -> Sequences:
-    """Several batches of sequences as one, with the first one's tokenizer."""
-    width = max(part.ids.shape[1] for part in parts)
-    ids = np.concatenate([np.pad(part.ids, ((0, 0), (0, width - part.ids.shape[1]))) for part in parts])
-    names = "prompt_lengths", "lengths", "finished"
-    fields = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
-    return replace(parts[0], ids=ids, **fields)
 
 
 def nonempty(sequences: Sequences) -> Sequences:

@@ -6,12 +6,13 @@ parts.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
 from rlhfscale.models.sequences import Sequences
-from rlhfscale.rewards import losses, outcome, process, scorer
+from rlhfscale.rewards import losses, outcome, process, scorer, training
 from rlhfscale.rewards.labelled import Labelled, StepLabelled, step_ends
 
 
@@ -21,58 +22,52 @@ def train(
     steps: Sequence[StepLabelled],
     *,
     step_ids: Sequence[int],
-    epochs: int,
     prompts_per_batch: int,
     responses_per_batch: int,
-    lr: float,
-    lora_rank: int,
-    seed: Sequence[int],
-    muon_lr: float | None = None,
     tokens_per_micro_batch: int = scorer.TOKENS_PER_MICRO_BATCH,
+    **options: Any,
 ) -> tuple[scorer.Scored, list[dict[str, float]]]:
     """Train a scorer whose score is read as ``sum`` (see `outcome.OutcomeRewardModel`).
 
     Args:
-        model: e.g. from ``models.load_scorer(..., init_seed=...)``; trained in place.
+        model: a sequence classifier with one output, trained in place.
         responses: responses with comparisons, correctness labels or both; each batch is of one of them.
         steps: responses with labelled steps; each batch is of one of them.
         step_ids: ids of the tokens that close a step.
-        epochs: passes over all of it, batches of all kinds in random order.
-        prompts_per_batch: prompts (groups) in a batch of ``responses``; responses_per_batch: of ``steps``.
-        lr, lora_rank, seed, muon_lr, tokens_per_micro_batch: as in `outcome.train`.
+        prompts_per_batch: number of prompts (groups) in a batch of ``responses``.
+        responses_per_batch: number of responses in a batch of ``steps``.
+        tokens_per_micro_batch: tokens computed together, padding included; changes the speed only.
+        options: epochs, lr, lora_rank, seed and muon_lr, see `training.run`. An epoch is a pass over all of the data,
+            with batches of all kinds in random order.
 
     Returns:
-        the trained model, and one record of step, loss and kind of label (``responses`` or ``steps``) for each step.
+        the trained model, and one record for each step: step, loss and kind of label (``responses`` or ``steps``).
 
     Raises:
         ValueError: nothing has a label, or a response has more labels than steps (names it).
         lm.Diverged: the loss or its gradient is not finite.
     """
-    scorer.at_least_one(epochs=epochs, prompts_per_batch=prompts_per_batch, responses_per_batch=responses_per_batch)
+    scorer.at_least_one(prompts_per_batch=prompts_per_batch, responses_per_batch=responses_per_batch)
     for part in steps:
         process.check_labels(part, step_ids)
-    rng = np.random.default_rng(seed)
-    trained = scorer.prepare(model, lora_rank, True, rng)
-    optimizers = scorer.optimizers(trained, lr, muon_lr)
-    batches: list[Labelled | StepLabelled] = []
-    for _ in range(epochs):
-        epoch = [*outcome.batches_of(responses, prompts_per_batch, "both", rng)]
-        epoch += process.batches_of(steps, responses_per_batch, rng)
-        batches += [epoch[index] for index in rng.permutation(len(epoch))]
-    if not batches:
-        raise ValueError("data: no response and no step has a label, so there is nothing to learn")
 
-    def loss_of(batch: Labelled | StepLabelled) -> tuple[torch.Tensor, dict[str, float]]:
+    def epoch(rng: np.random.Generator) -> list[Labelled | StepLabelled]:
+        batches = [*outcome.batches_of(responses, prompts_per_batch, "both", rng)]
+        batches += process.batches_of(steps, responses_per_batch, rng)
+        if not batches:
+            raise ValueError("data: no response and no step has a label, so there is nothing to learn")
+        return [batches[index] for index in rng.permutation(len(batches))]
+
+    def loss_of(trained: scorer.Scored, batch: Labelled | StepLabelled) -> tuple[torch.Tensor, dict[str, float]]:
         if isinstance(batch, StepLabelled):
             logits = step_logits(trained, batch.sequences, step_ids, tokens_per_micro_batch)
             labels = process.flat_labels(batch.labels, step_ends(batch.sequences, step_ids).sum(1))
             return losses.process(logits, torch.from_numpy(labels).to(logits.device)), {"kind": "steps"}
         scores = outcome.sequence_scores(trained, batch.sequences, "sum", tokens_per_micro_batch)
-        gold, correct, group = (torch.from_numpy(x).to(scores.device) for x in (batch.gold, batch.correct, batch.group))
+        gold, correct, group = batch.labels(scores.device)
         return losses.multitask(scores, gold, correct, group=group), {"kind": "responses"}
 
-    records = scorer.fit(trained, batches, loss_of, optimizers)
-    return scorer.finish(trained, True), records
+    return training.run(model, epoch, loss_of, **options)
 
 
 def step_logits(

@@ -3,6 +3,7 @@ labels, or from both."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhfscale.models.documents import bucketed_batches
 from rlhfscale.models.sequences import Sequences
-from rlhfscale.rewards import scorer
+from rlhfscale.rewards import scorer, training
 from rlhfscale.rewards.base import chosen
 from rlhfscale.rewards.labelled import Labelled
 from rlhfscale.rewards.losses import by_group, multitask
@@ -91,38 +92,29 @@ def train(
     model: scorer.Scored,
     data: Sequence[Labelled],
     *,
-    epochs: int,
     prompts_per_batch: int,
-    lr: float,
-    lora_rank: int,
     readout: str,
-    seed: Sequence[int],
-    muon_lr: float | None = None,
     loss: str = "pairs",
     margin: float = 0.0,
     centring: float = 0.0,
     pointwise_weight: float = 1.0,
     tokens_per_micro_batch: int = scorer.TOKENS_PER_MICRO_BATCH,
-    merge: bool = True,
+    **options: Any,
 ) -> tuple[scorer.Scored, list[dict[str, float]]]:
     """Train a scorer on comparisons within each prompt, on correctness labels, or on both.
 
     Args:
-        model: e.g. from ``models.load_scorer(..., init_seed=...)``; trained in place.
-        data: labelled responses in the model's tokens; a batch never mixes two of them (`Labelled.concat` does).
-        epochs: passes over the prompts.
-        prompts_per_batch: prompts (groups) in a batch, each with all its responses.
-        lr: AdamW's rate; muon_lr: of the matrices, needed if all weights are trained.
-        lora_rank: 0 trains all weights, otherwise adapters of that rank and the head.
+        model: a sequence classifier with one output, trained in place.
+        data: labelled responses in the model's tokens. A batch never mixes two of them (`Labelled.concat` does).
+        prompts_per_batch: number of prompts (groups) in a batch, each with all its responses.
         readout: "last" or "sum", see `OutcomeRewardModel`.
-        seed: entropy of the prompts' order and of the adapters.
         loss: ``pairs``: Bradley-Terry on all pairs of unequal gold within a prompt; ``pointwise``: binary
             cross-entropy on ``correct``; ``both``: their sum, see `losses.multitask`.
-        margin: of the pairs, in score for each unit of gold; centring: weight of `losses.centring` over the pairs;
-            both need pairs.
-        pointwise_weight: of the pointwise loss in ``both``.
-        tokens_per_micro_batch: sequences of a batch are computed in parts of similar length; changes the speed only.
-        merge: fold the adapters in at the end, rounding to the weights' precision; not for a quantised model.
+        margin: margin of the pairs, in score for each unit of gold. centring: weight of `losses.centring` over the
+            pairs. Both need pairs.
+        pointwise_weight: weight of the pointwise loss in ``both``.
+        tokens_per_micro_batch: tokens computed together, padding included; changes the speed only.
+        options: epochs, lr, lora_rank, seed, muon_lr and merge, see `training.run`.
 
     Returns:
         the trained model, and one record of step, loss and accuracy for each step: the share of rightly ordered pairs,
@@ -133,27 +125,20 @@ def train(
         lm.Diverged: the loss or its gradient is not finite.
     """
     chosen("readout", readout, READOUTS)
-    scorer.at_least_one(
-        epochs=epochs, prompts_per_batch=prompts_per_batch, tokens_per_micro_batch=tokens_per_micro_batch
-    )
+    scorer.at_least_one(prompts_per_batch=prompts_per_batch, tokens_per_micro_batch=tokens_per_micro_batch)
     objective = _objective(loss, margin, centring, pointwise_weight)
-    rng = np.random.default_rng(seed)
     if not any(_useful(part, loss).any() for part in data):
         wanted = {"pairs": "responses of unequal gold", "pointwise": "a correctness label", "both": "labels"}[loss]
         raise ValueError(f"data: no prompt has {wanted}, so there is nothing to learn")
-    trained = scorer.prepare(model, lora_rank, merge, rng)
-    optimizers = scorer.optimizers(trained, lr, muon_lr)
-    batches = [batch for _ in range(epochs) for batch in batches_of(data, prompts_per_batch, loss, rng)]
 
-    def loss_of(batch: Labelled) -> tuple[torch.Tensor, dict[str, float]]:
+    def loss_of(trained: scorer.Scored, batch: Labelled) -> tuple[torch.Tensor, dict[str, float]]:
         first, inverse = scorer.distinct(batch.sequences)
         scores = sequence_scores(trained, batch.sequences[first], readout, tokens_per_micro_batch)
         scores = scores[torch.from_numpy(inverse).to(scores.device)]
-        gold, correct, group = (torch.from_numpy(x).to(scores.device) for x in (batch.gold, batch.correct, batch.group))
+        gold, correct, group = batch.labels(scores.device)
         return objective(scores, gold, correct, group=group), _accuracies(scores, gold, correct, group, loss)
 
-    records = scorer.fit(trained, batches, loss_of, optimizers)
-    return scorer.finish(trained, merge), records
+    return training.run(model, lambda rng: batches_of(data, prompts_per_batch, loss, rng), loss_of, **options)
 
 
 def _objective(loss: str, margin: float, centring: float, pointwise_weight: float) -> Callable[..., torch.Tensor]:

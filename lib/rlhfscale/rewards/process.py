@@ -1,6 +1,7 @@
 """The process reward model: for each step of a response the probability that it is right, read where the step ends."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -8,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhfscale.models.documents import bucketed_batches
 from rlhfscale.models.sequences import Sequences
-from rlhfscale.rewards import losses, scorer
+from rlhfscale.rewards import losses, scorer, training
 from rlhfscale.rewards.base import chosen
 from rlhfscale.rewards.labelled import StepLabelled, step_ends
 from rlhfscale.rewards.metrics import sigmoid
@@ -90,53 +91,43 @@ def train(
     data: Sequence[StepLabelled],
     *,
     step_ids: Sequence[int],
-    epochs: int,
     responses_per_batch: int,
-    lr: float,
-    lora_rank: int,
-    seed: Sequence[int],
-    muon_lr: float | None = None,
     tokens_per_micro_batch: int = scorer.TOKENS_PER_MICRO_BATCH,
-    merge: bool = True,
+    **options: Any,
 ) -> tuple[scorer.Scored, list[dict[str, float]]]:
     """Train a scorer on the labels of steps, see `losses.process`.
 
     Args:
-        model: e.g. from ``models.load_scorer(..., init_seed=...)``; trained in place.
-        data: responses with labelled steps, in the model's tokens; a batch never mixes two of them.
+        model: a sequence classifier with one output, trained in place.
+        data: responses with labelled steps, in the model's tokens. A batch never mixes two of them.
         step_ids: ids of the tokens that close a step.
-        responses_per_batch: responses in a batch.
-        epochs, lr, lora_rank, seed, muon_lr, tokens_per_micro_batch, merge: as in `outcome.train`.
+        responses_per_batch: number of responses in a batch.
+        tokens_per_micro_batch: tokens computed together, padding included; changes the speed only.
+        options: epochs, lr, lora_rank, seed, muon_lr and merge, see `training.run`.
 
     Returns:
-        the trained model, and one record of step, loss and accuracy (the share of steps with the right sign) for each
-        step.
+        the trained model, and one record for each step: step, loss and accuracy (the share of steps whose score has the
+        right sign).
 
     Raises:
         ValueError: no step has a label, or a response has more labels than steps (names it).
         lm.Diverged: the loss or its gradient is not finite.
     """
-    step_ids, rng = _step_ids(step_ids), np.random.default_rng(seed)
-    scorer.at_least_one(
-        epochs=epochs, responses_per_batch=responses_per_batch, tokens_per_micro_batch=tokens_per_micro_batch
-    )
+    step_ids = _step_ids(step_ids)
+    scorer.at_least_one(responses_per_batch=responses_per_batch, tokens_per_micro_batch=tokens_per_micro_batch)
     for part in data:
         check_labels(part, step_ids)
     if all(np.isnan(part.labels).all() for part in data):
         raise ValueError("data: no step has a label, so there is nothing to learn")
-    trained = scorer.prepare(model, lora_rank, merge, rng)
-    optimizers = scorer.optimizers(trained, lr, muon_lr)
-    batches = [batch for _ in range(epochs) for batch in batches_of(data, responses_per_batch, rng)]
 
-    def loss_of(batch: StepLabelled) -> tuple[torch.Tensor, dict[str, float]]:
+    def loss_of(trained: scorer.Scored, batch: StepLabelled) -> tuple[torch.Tensor, dict[str, float]]:
         ends = step_ends(batch.sequences, step_ids)
         scores = scorer.read(trained, batch.sequences, ends, tokens_per_micro_batch)
         labels = torch.from_numpy(flat_labels(batch.labels, ends.sum(1))).to(scores.device)
         right = ((scores > 0) == (labels > 0.5))[~torch.isnan(labels)]
         return losses.process(scores, labels), {"accuracy": right.float().mean().item()}
 
-    records = scorer.fit(trained, batches, loss_of, optimizers)
-    return scorer.finish(trained, merge), records
+    return training.run(model, lambda rng: batches_of(data, responses_per_batch, rng), loss_of, **options)
 
 
 def batches_of(data: Sequence[StepLabelled], size: int, rng: np.random.Generator) -> Iterator[StepLabelled]:
