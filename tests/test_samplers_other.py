@@ -1,4 +1,4 @@
-"""What the samplers share, the scripted one, which one is chosen, and prompts that are given several times."""
+"""What the samplers share, what trainers ask of one, which one is chosen, and prompts that are given several times."""
 
 import sys
 
@@ -9,13 +9,11 @@ import transformers
 
 import tiny
 import tiny_rl
-from rlhfscale.bed import rungs
 from rlhfscale.bed.ladder import EOS_ID
 from rlhfscale.bench import run
 from rlhfscale.rl import GRPO, PPO, RLOO, networks
 from rlhfscale.rl.loop import SamplerGap
-from rlhfscale.samplers import auto, hf, repeated, request_seeds, vllm
-from rlhfscale.samplers.fake import Fake
+from rlhfscale.samplers import Completions, auto, hf, repeated, request_seeds, vllm
 from rlhfscale.study.params import ParamsError
 
 
@@ -82,32 +80,36 @@ def test_adapters_of_peft_are_sampled_under():
         np.testing.assert_allclose(found[0].logprobs, chosen.numpy(), atol=1e-4)
 
 
-def test_the_script_decides():
-    tokenizer = rungs.build_tokenizer()
-    sampler = Fake(lambda prompt, seed: [*prompt, EOS_ID, 9])
-    seeds = np.arange(3, dtype=np.uint64)
-    found = sampler(None, [[5], [6, 7], [8] * 6], seeds=seeds, max_new_tokens=4, tokenizer=tokenizer)
-    assert [c.token_ids for c in found] == [(5, EOS_ID), (6, 7, EOS_ID), (8, 8, 8, 8)]
-    assert found.finished.tolist() == [True, True, False] and found[0].logprobs == (-1.0, -1.0)
-    by_seed = Fake([[5], [6]])(None, [[1]] * 3, seeds=seeds, max_new_tokens=4)
-    assert by_seed.ids[:, 0].tolist() == [5, 6, 5]
-    with pytest.raises(ValueError, match=r"prompts\[0\] is empty"):
-        sampler(None, [[]], seeds=seeds[:1], max_new_tokens=4)
+class Scripted:
+    """A sampler that takes each response from a list by its seed, and states the log-probability -1 of every token."""
+
+    def __init__(self, *responses):
+        self.responses, self.pushed, self.num_calls = responses, [], 0
+
+    def push(self, networks):
+        self.pushed.append(networks)
+
+    def __call__(self, model, prompts, *, seeds, max_new_tokens, temperature, tokenizer):
+        self.num_calls += 1
+        out = Completions.empty(seeds, max_new_tokens, temperature)
+        for row, seed in enumerate(seeds.tolist()):
+            out.put(row, ids := self.responses[seed % len(self.responses)], [-1.0] * len(ids), True)
+        return out
 
 
 @pytest.mark.parametrize("algorithm", [PPO, GRPO, RLOO])
 def test_a_sampler_that_can_be_pushed_to_is_before_every_rollout(algorithm):
-    sampler = Fake(lambda prompt, seed: [5, 6 + seed % 3, EOS_ID])
+    sampler = Scripted([5, 6, EOS_ID], [5, 7, EOS_ID], [5, 8, EOS_ID])
     trainer = tiny_rl.trainer(algorithm, sampler=sampler)
     records = tiny_rl.updates(trainer, 2)
-    assert sampler.pushed == [trainer.networks] * 2 and len(sampler.calls) == 2
+    assert sampler.pushed == [trainer.networks] * 2 and sampler.num_calls == 2
     for record in records:  # the script states -1 for every token
         assert record["sampler_gap_nats"] >= record["sampler_gap_mean_nats"] > 0.1 and record["sampler_ratio"] > 0
 
 
 @pytest.mark.parametrize("algorithm", [PPO, GRPO, RLOO])
 def test_a_gap_beyond_the_bound_stops_the_run_before_it_learns(algorithm):
-    trainer = tiny_rl.trainer(algorithm, sampler=Fake([[5, EOS_ID]]), max_sampler_gap=0.05)
+    trainer = tiny_rl.trainer(algorithm, sampler=Scripted([5, EOS_ID]), max_sampler_gap=0.05)
     before = tiny.weights(trainer.networks)
     with pytest.raises(SamplerGap, match=r"update 0: .* nats on average, max_sampler_gap is 0.05. Check that"):
         trainer.update(tiny_rl.prompts(trainer))

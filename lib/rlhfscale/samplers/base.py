@@ -1,8 +1,8 @@
-"""What every sampler takes and returns: the checks of a call, the Completion record, a batch of completions as arrays.
+"""What every sampler takes and returns: the checks of a call, the responses, and the random numbers of a request.
 
 A sampler is called as ``sampler(model, prompts, seeds=..., max_new_tokens=..., temperature=..., tokenizer=...)`` and
-returns `Completions`. One that does not decode ``model`` itself has a method ``push(networks)``, which trainers call
-before every roll-out. Among several processes, see `together`.
+returns `Completions`. A sampler that does not decode ``model`` itself has a method ``push(networks)``; trainers call it
+before every roll-out, so that it samples from the current policy.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,10 +18,10 @@ class Completion:
     Attributes:
         token_ids: the response's tokens, with the end-of-sequence token if it was reached.
         finish_reason: ``"stop"`` if the response ended by end-of-sequence, ``"length"`` if it was cut.
-        logprobs: natural-log probability of each token under the model at ``temperature``. A diagnostic: trainers
-            recompute their own.
-        temperature: the sampling temperature the log-probabilities are stated at; 0 is greedy, stated at 1.
-        seed: the request's seed, which alone decides the draws.
+        logprobs: natural-log probability of each token under the model at ``temperature``. A diagnostic only: trainers
+            compute their own.
+        temperature: the sampling temperature. 0 is greedy; log-probabilities are then those at temperature 1.
+        seed: the seed of the request, which alone decides its random numbers.
     """
 
     token_ids: tuple[int, ...]
@@ -33,14 +33,14 @@ class Completion:
 
 @dataclass(frozen=True)
 class Completions:
-    """Many responses as arrays; indexing gives a Completion.
+    """Many responses as arrays; indexing by a row gives a `Completion`.
 
     Attributes:
         ids: int32 [response, length], padded on the right.
         lengths: int64 [response], tokens of each response, end-of-sequence included.
         finished: bool [response], whether the response ended by end-of-sequence.
         logprobs: float32 [response, length], 0 after the end.
-        temperature: as in Completion.
+        temperature: as in `Completion`.
         seeds: uint64 [response].
     """
 
@@ -53,7 +53,7 @@ class Completions:
 
     @classmethod
     def empty(cls, seeds: np.ndarray, max_new_tokens: int, temperature: float, pad: int = 0) -> "Completions":
-        """Room for one response to each seed, to be filled in."""
+        """Arrays for one response to each seed, to be filled in by `put`."""
         shape = len(seeds), max_new_tokens
         return cls(
             ids=np.full(shape, pad, np.int32),
@@ -63,6 +63,11 @@ class Completions:
             temperature=temperature,
             seeds=seeds,
         )
+
+    def put(self, row: int, ids: Sequence[int], logprobs: Sequence[float], finished: bool) -> None:
+        """Fill in one response: its tokens, their log-probabilities, and whether it ended by end-of-sequence."""
+        self.ids[row, : len(ids)], self.logprobs[row, : len(ids)] = ids, logprobs
+        self.lengths[row], self.finished[row] = len(ids), finished
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -87,10 +92,10 @@ def request_seeds(entropy: tuple[int, ...], count: int) -> np.ndarray:
 
 
 def uniforms(seeds: np.ndarray, position: int) -> np.ndarray:
-    """float64 [request] in [0, 1): the draw of each request at a token position.
+    """Random numbers, float64 [request] in [0, 1), of each request at a token position.
 
-    SplitMix64 (Steele et al. 2014) of seed and position: a request's draws depend on nothing else, so neither on the
-    batch it is served in nor on the order.
+    They are SplitMix64 (Steele et al. 2014) of seed and position, and depend on nothing else: neither on the batch that
+    a request is served in nor on the order.
     """
     with np.errstate(over="ignore"):
         z = seeds + np.uint64(position + 1) * np.uint64(0x9E3779B97F4A7C15)
@@ -101,9 +106,9 @@ def uniforms(seeds: np.ndarray, position: int) -> np.ndarray:
 
 
 def repeated(prompts: Sequence[Sequence[int]], num_samples: int, temperature: float) -> list[Sequence[int]]:
-    """Each prompt ``num_samples`` times in a row, for as many responses to it.
+    """Each prompt ``num_samples`` times in a row, to sample that many responses to it.
 
-    Raises ValueError for no samples, and for several of temperature 0, which would be equal.
+    Raises ValueError for fewer than one sample, and for several at temperature 0, which would all be equal.
     """
     if num_samples < 1:
         raise ValueError(f"num_samples: {num_samples} is not at least 1")
@@ -116,7 +121,7 @@ def repeated(prompts: Sequence[Sequence[int]], num_samples: int, temperature: fl
 
 
 def end_tokens(eos: int | list[int] | None) -> tuple[int, ...]:
-    """End-of-sequence ids as a config or a tokenizer states them."""
+    """The end-of-sequence ids that a config or a tokenizer names: none, one or several."""
     return () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
 
 

