@@ -25,8 +25,8 @@ BODY = """
 import json
 import pandas as pd
 from toy_stages import {schema}, read
-from rlhfscale import grid
-from rlhfscale.results import ResultsFolder
+from rlhfscale.runs import grid
+from rlhfscale.study.results import ResultsFolder
 
 P = {schema}(seeds=seeds, best_of=best_of, lr=lr, mood=mood)
 runs = grid.ensure(P.specs())
@@ -213,8 +213,8 @@ import os, signal
 from pathlib import Path
 import pandas as pd
 from toy_stages import Number, ToyParams, read
-from rlhfscale import grid
-from rlhfscale.results import ResultsFolder
+from rlhfscale.runs import grid
+from rlhfscale.study.results import ResultsFolder
 
 P = ToyParams(seeds=seeds, best_of=best_of, lr=lr, mood=mood)
 Path("notebook").write_text(f"{os.getpid()} {os.getppid()}")

@@ -356,9 +356,9 @@ def test_without_a_network_nothing_is_computed(endpoint, tmp_path, monkeypatch):
     trace = tmp_path / "trace"
     code = textwrap.dedent("""
         import sys
-        from rlhfscale.grid import ensure
+        from rlhfscale.runs.grid import ensure
         from rlhfscale.remote import StoreError
-        from rlhfscale.store import Store
+        from rlhfscale.runs.store import Store
         from toy_stages import Number
         try:
             ensure([Number(value=1, trace=sys.argv[1])], store=Store("s3://bucket/none"))

@@ -182,7 +182,7 @@ def test_sweep_spares_a_living_maker_and_removes_a_dead_ones_folder(tmp_path):
     script = textwrap.dedent("""
         import os, sys
         from toy_stages import Number
-        from rlhfscale.store import Store
+        from rlhfscale.runs.store import Store
         with Store(sys.argv[1]).create(Number(value=1)) as folder:
             (folder / "half").write_text("half")
             print("ready", flush=True)
@@ -220,7 +220,7 @@ def test_a_file_over_the_size_limit_of_the_process_is_named(tmp_path):
     script = textwrap.dedent("""
         import resource, signal, sys
         from toy_stages import Number
-        from rlhfscale.store import Store, StoreError
+        from rlhfscale.runs.store import Store, StoreError
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
         try:
