@@ -55,7 +55,7 @@ bench: setup-peer
 	@$(BIN)/rlhfscale bench all --peer-python $(PEER)/bin/python
 
 bench-learning: setup-peer
-	@$(BIN)/python -m rlhfscale.bench.learning --peer-python $(PEER)/bin/python --out results/laptop/90_throughput
+	@$(BIN)/python tests/learning_against_trl.py --peer-python $(PEER)/bin/python --out results/laptop/90_throughput
 
 # 20_real_model is made when it is asked for: it needs a language model, and takes longer than all the others. In tiers of
 # published checkpoints every figure needs what it needs.

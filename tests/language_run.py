@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
-from rlhfscale.chat import checkpoints
+from rlhfscale.models import checkpoints
 from rlhfscale.chat import specs as chat_specs
 from rlhfscale.chat import stages as chat_stages
-from rlhfscale.chat.checkpoints import Checkpoint
+from rlhfscale.models.checkpoints import Checkpoint
 from rlhfscale.chat.recipe import CheckpointRecipe
 from rlhfscale.models import loading, parallel
 from rlhfscale.runs.spec import Spec

@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 import tiny_chat
-from rlhfscale.chat import checkpoints
+from rlhfscale.models import checkpoints
 from rlhfscale.chat import specs as chat_specs
 from rlhfscale.chat import stages as chat_stages
 from rlhfscale.chat.answers import Answers
-from rlhfscale.chat.checkpoints import Checkpoint
+from rlhfscale.models.checkpoints import Checkpoint
 from rlhfscale.chat.recipe import CheckpointRecipe
 from rlhfscale.claims import c01_policy_size as c01
 from rlhfscale.claims import c02_reward_model_size as c02

@@ -19,7 +19,7 @@ BELOW = {
     "rewards": {"models"},
     "rl": {"models", "samplers", "rewards"},
     "runs": {"models"},
-    "evals": {"models", "samplers", "rewards", "stats", "runs"},
+    "evals": {"models", "samplers", "rewards", "stats", "runs", "planning"},
     "planning": {"models", "runs"},
     "bed": {"models", "samplers", "rewards", "rl", "runs", "planning"},
     "chat": {"models", "samplers", "rewards", "rl", "runs", "planning"},

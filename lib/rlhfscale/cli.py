@@ -134,7 +134,7 @@ def plan(
     with _errors() as console:
         figures = _load(tier, figure, paths.results_root())
         todo = runner.plan(figures, Store(store), workers)
-        from rlhfscale.planning import command
+        from rlhfscale.study import plan as command
 
         command.run(tier, figures, todo, console, command.Asked(**options))
 
@@ -256,7 +256,7 @@ def evaluate(
 
 
 def _load(tier: str, wanted: list[str] | None, results: Path) -> list[runner.Figure]:
-    importlib.import_module("rlhfscale.study.registry")  # registers the figures' parameters
+    importlib.import_module("rlhfscale.claims")  # registers the figures' parameters
     return runner.load_figures(tier, wanted or [], results)
 
 
@@ -264,7 +264,7 @@ def _place_on(gpu: str | None, tier: str) -> None:
     """Have this process and the notebooks that it starts place stages on a kind of GPU."""
     try:
         if kind := hardware.kind_for(tier, gpu):
-            os.environ[hardware.VARIABLE] = kind
+            os.environ[paths.GPU_VARIABLE] = kind
     except ValueError as error:
         raise ParamsError(str(error)) from None
 

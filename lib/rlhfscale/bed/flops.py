@@ -14,7 +14,6 @@ import pandas as pd
 from rlhfscale.bed import ladder, specs
 from rlhfscale.bed.demonstrations import STREAM, encode_prompts, problem_list
 from rlhfscale.bed.responses import Responses
-from rlhfscale.planning.workloads import rung_shape
 from rlhfscale.runs.spec import Spec
 
 Folders = Mapping[Spec, Path]
@@ -29,7 +28,7 @@ def adapter_train_flops(rung: str, rank: int, tokens: float, length: float) -> f
     """FLOPs of training adapters: forward, gradients of activations, and all of the adapters' own."""
     shape = ladder.rung(rung)
     frozen = (4.0 * shape.num_params_with_embeddings + 12.0 * shape.layers * length * shape.width) * tokens
-    return frozen + 6.0 * rung_shape(rung).adapter_params(rank) * tokens
+    return frozen + 6.0 * shape.shape.adapter_params(rank) * tokens
 
 
 def samples_flops(spec: specs.Samples, folders: Folders) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from rlhfscale.bed import tasks
+from rlhfscale.models.shapes import Shape
 
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>")
 PAD_ID, BOS_ID, EOS_ID = 0, 1, 2
@@ -54,6 +55,20 @@ class Rung(BaseModel):
     @property
     def num_params_with_embeddings(self) -> int:
         return self.num_params + vocab_size() * self.width
+
+    @property
+    def shape(self) -> Shape:
+        """The rung's architecture, as the planner and the published models describe theirs."""
+        return Shape(
+            layers=self.layers,
+            width=self.width,
+            feed_forward=self.feed_forward,
+            heads=self.heads,
+            kv_heads=self.heads,
+            head_width=self.head_width,
+            vocab=vocab_size(),
+            tied=True,
+        )
 
     def train_flops(self, num_tokens: float, sequence_length: float) -> float:
         """FLOPs of training on ``num_tokens`` in sequences of ``sequence_length`` tokens.

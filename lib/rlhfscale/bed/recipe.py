@@ -1,32 +1,18 @@
-"""The recipe of a tier: every setting that its figures hold fixed, in one file, ``params/<tier>/recipe.yaml``.
+"""The recipe of the bed: what the figures of a tier hold fixed, and how it describes each role by a spec.
 
-A figure's own parameters are what it varies (rungs, seeds, sizes); all else comes from here, so that two figures that
-need the same model describe it in the same way and share it.
-
-This one is of rungs that are trained from scratch. `language_recipe` has its sibling, whose rungs are published
-checkpoints: ``ladder: checkpoints`` in the file asks for it, and it describes the same roles by other specs.
+`study.recipes` reads it from ``params/<tier>/recipe.yaml``. `chat.recipe` has its sibling for published models, which
+describes the same roles: an SFT model, a reward model, a policy, responses, scores.
 """
 
-from functools import lru_cache
 from typing import Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from rlhfscale.bed import ladder, specs, tasks
-from rlhfscale.bed.specs import Algorithm
-from rlhfscale.chat.checkpoints import CHECKPOINTS, checkpoint
-from rlhfscale.chat.recipe import CheckpointRecipe
-from rlhfscale.runs.paths import project_root
+from rlhfscale.runs.policy_spec import Algorithm
 from rlhfscale.runs.recipe import RecipeBase
-from rlhfscale.study.params import ParamsError, explain, read_yaml
 
 FAMILIES = tuple(tasks.FAMILIES)
-
-
-def num_params(rung: str) -> int:
-    """Parameters of a rung of either ladder: of one trained from scratch without its embeddings, of a published
-    checkpoint all. Raises ValueError for a name on neither."""
-    return checkpoint(rung).num_params if rung in CHECKPOINTS else ladder.rung(rung).num_params
 
 
 class Recipe(RecipeBase):
@@ -91,19 +77,6 @@ class Recipe(RecipeBase):
                 f"ppo_minibatch: {self.ppo_minibatch} does not divide the {rollouts} roll-outs of an update"
             )
         return self
-
-    @classmethod
-    @lru_cache
-    def load(cls, name: str) -> "Recipe | CheckpointRecipe":
-        """The recipe of a tier. Raises ParamsError, one line that names file and field."""
-        file = f"params/{name}/recipe.yaml"
-        values = read_yaml(project_root() / file)
-        kind = CheckpointRecipe if "ladder" in values else cls
-        try:
-            return kind(**values)
-        except ValidationError as error:
-            message = "; ".join(explain(problem, list(kind.model_fields)) for problem in error.errors())
-            raise ParamsError(f"{file}: {message}") from None
 
     def pretrain(self, rung: str) -> specs.Pretrain:
         return specs.Pretrain(

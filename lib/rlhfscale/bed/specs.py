@@ -10,9 +10,9 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from rlhfscale.bed import ladder, tasks
+from rlhfscale.runs.policy_spec import Algorithm, PolicySpec
 from rlhfscale.runs.spec import Spec
 
-Algorithm = Literal["ppo", "grpo", "rloo"]
 TOKENS_PER_DOCUMENT = 16
 """Mean length of a demonstration of the laptop bed, prompt included; for cost estimates."""
 
@@ -167,62 +167,34 @@ class MixedRewardModel(_FromLabels):
 
 AnyRewardModel = RewardModel | ProcessRewardModel | MixedRewardModel
 
-PPO_ONLY = "critic", "critic_lr", "value_coefficient", "value_clip", "gamma", "lam"
-"""Fields of `Policy` that belong to a critic: PPO needs each of them, GRPO and RLOO have none."""
 
-
-def check_algorithm(policy: Spec, ppo_only: tuple[str, ...]) -> None:
-    """Raise ValueError where a policy lacks a field that its algorithm needs, or has one that it has no use for."""
-    given = [name for name in ppo_only if getattr(policy, name) is not None]
-    if policy.algorithm == "ppo" and len(given) < len(ppo_only):
-        raise ValueError(f"ppo needs {', '.join(name for name in ppo_only if name not in given)}")
-    if policy.algorithm != "ppo" and given:
-        raise ValueError(f"{policy.algorithm} has no critic and no use for {', '.join(given)}")
-    if policy.algorithm != "ppo" and policy.responses_per_prompt < 2:
-        raise ValueError(f"responses_per_prompt: {policy.algorithm} compares at least 2 responses to a prompt")
-
-
-class Policy(Spec):
+class Policy(PolicySpec):
     """An SFT model trained against a frozen reward model, by PPO or by one of its siblings without a critic."""
 
     stage: ClassVar[str] = "policy"
     version: ClassVar[int] = 3
     runner: ClassVar[str] = "rlhfscale.bed.stages:policy"
 
+    ppo_only: ClassVar[tuple[str, ...]] = (
+        "critic", "critic_lr", "value_coefficient", "value_clip", "gamma", "lam"
+    )  # fmt: skip
+
     sft: SFT
     reward_model: AnyRewardModel
     algorithm: Algorithm
     critic: Literal["trunk", "separate"] | None = None
-    num_updates: int = Field(ge=1)
-    prompts_per_update: int = Field(ge=1)
-    responses_per_prompt: int = Field(ge=1)
-    epochs: int = Field(ge=1)
     minibatch_size: int = Field(ge=1)
-    policy_lr: float = Field(gt=0)
-    critic_lr: float | None = Field(None, gt=0)
-    value_coefficient: float | None = Field(None, gt=0)
-    kl_coefficient: float = Field(ge=0)
     clip: float = Field(gt=0)
     value_clip: float | None = Field(None, gt=0)
     gamma: float | None = Field(None, gt=0, le=1)
     lam: float | None = Field(None, ge=0, le=1)
     temperature: float = Field(gt=0)
     max_grad_norm: float = Field(gt=0)
-    missing_eos_penalty: float = Field(ge=0)
-    lora_rank: int = Field(ge=1)
-    lora_alpha: float = Field(gt=0)
-    seed: int = Field(ge=0)
-
-    @model_validator(mode="after")
-    def _fields_of_the_algorithm(self) -> "Policy":
-        check_algorithm(self, PPO_ONLY)
-        return self
 
     @model_validator(mode="after")
     def _minibatches_divide(self) -> "Policy":
-        rollouts = self.prompts_per_update * self.responses_per_prompt
-        if rollouts % self.minibatch_size:
-            raise ValueError(f"minibatch_size: {self.minibatch_size} does not divide the {rollouts} roll-outs")
+        if self.rollouts % self.minibatch_size:
+            raise ValueError(f"minibatch_size: {self.minibatch_size} does not divide the {self.rollouts} roll-outs")
         return self
 
     @property
@@ -307,64 +279,3 @@ class Scores(Spec):
 RewardModel.model_rebuild()
 ProcessRewardModel.model_rebuild()
 MixedRewardModel.model_rebuild()
-
-
-class MTBench(Spec):
-    """Two policies' answers to MT-Bench questions, each scored by a judge, and compared in pairs (`evals.benchmarks`).
-
-    Policies and judge are named as ``rlhfscale evaluate`` takes them; their revisions say which weights these were.
-    """
-
-    stage: ClassVar[str] = "mt_bench"
-    version: ClassVar[int] = 2
-    runner: ClassVar[str] = "rlhfscale.bed.stages:mt_bench"
-
-    before: str
-    before_revision: str
-    before_temperature: float = Field(ge=0)
-    after: str
-    after_revision: str
-    after_temperature: float = Field(ge=0)
-    judge: str
-    judge_revision: str
-    constrained: bool
-    questions_revision: str
-    num_questions: int = Field(ge=2)
-    max_new_tokens: int = Field(ge=1)
-    judge_tokens: int = Field(ge=1)
-    max_missing: float = Field(ge=0, le=1)
-    dtype: Literal["fp32", "bf16"]
-    seed: int = Field(ge=0)
-
-    @property
-    def cost_s(self) -> float:
-        """Rough, for SmolLM2-135M on a CPU thread in bf16: prompts at 250 tokens/s, a batch of answers at 100."""
-        num_answers = 4 * self.num_questions
-        judged = 2 * num_answers * (0 if self.constrained else self.judge_tokens)
-        return 30 + num_answers * (self.max_new_tokens / 100 + 2 * 400 / 250) + judged / 100
-
-    @property
-    def title(self) -> str:
-        return f"MT-Bench of {self.after} against {self.before}"
-
-
-class Coverage(Spec):
-    """How often the length-controlled win rate's 95% intervals hold a planted win rate (`evals.planted.coverage`)."""
-
-    stage: ClassVar[str] = "coverage"
-    runner: ClassVar[str] = "rlhfscale.bed.stages:coverage"
-
-    win_rate: float = Field(gt=0, lt=100)
-    extra_chars: int
-    num_instructions: int = Field(ge=20)
-    num_simulations: int = Field(ge=2)
-    num_refits: int = Field(ge=10)
-    seed: int = Field(ge=0)
-
-    @property
-    def cost_s(self) -> float:
-        return 0.5 + 2.5e-3 * self.num_simulations * self.num_refits
-
-    @property
-    def title(self) -> str:
-        return f"coverage of intervals, {self.num_simulations} simulated evaluations"

@@ -1,4 +1,4 @@
-"""The benchmark's tables and figure: results/TIER/90_throughput, from the rows that `run.timed` returns."""
+"""The benchmark's tables: results/TIER/90_throughput, from the rows that `run.timed` returns."""
 
 import contextlib
 import json
@@ -8,12 +8,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
 from rlhfscale.bench.cases import CASES
 from rlhfscale.bench.rounds import CI_METHOD, median_interval
 from rlhfscale.runs.paths import project_root
-from rlhfscale.study import style
 
 NAME = "90_throughput"
 COMMAND = "make bench"
@@ -107,50 +105,6 @@ def _share(row: dict[str, Any], side: str) -> float:
     """FLOPs of a step for each CPU second, as a share of the measured product peak in that side's precision."""
     peak = row["matmul_peak_flops_per_s"][row[side]["dtype"]]
     return row[side]["flops"] / float(np.median(row[side]["cpu_seconds_by_round"])) / peak
-
-
-def study_cost(tier_root: Path) -> pd.DataFrame:
-    """What the figures of a tier took, by stage, from the manifests of their results.
-
-    Returns:
-        by ``stage``, and ``all``: ``artifacts`` (different ones), ``asked_for`` (by how many figures in sum),
-        ``wall_min`` and ``cpu_min`` in minutes of one worker, ``peak_memory_mib`` of the largest. Manifests name what
-        was measured when an artifact was made, also where a later run found it in the store.
-    """
-    rows = []
-    for file in sorted(tier_root.glob("*/manifest.json")):
-        artifacts = json.loads(file.read_text())["artifacts"]
-        rows += [{"stage": key.rsplit("-", 1)[0], "key": key} | cost for key, cost in artifacts.items()]
-    table = pd.DataFrame(rows)
-    once = table.drop_duplicates("key")
-    costs = []
-    for stage, of in [*once.groupby("stage"), ("all", once)]:
-        asked = len(table) if stage == "all" else int((table["stage"] == stage).sum())
-        minutes = {f"{kind}_min": of[f"{kind}_s"].sum() / 60 for kind in ("wall", "cpu")}
-        costs.append({"stage": stage, "artifacts": len(of), "asked_for": asked, **minutes})
-        costs[-1]["peak_memory_mib"] = of["peak_memory_mib"].max()
-    return pd.DataFrame(costs)
-
-
-def figure(table: pd.DataFrame) -> Figure:
-    """The ratio of each case with its interval, and both sides' memory; from `summary`."""
-    return style.throughput(table)
-
-
-def markdown(table: pd.DataFrame) -> str:
-    """The README's table."""
-    lines = [
-        "| case | peer | ours, CPU s | peer, CPU s | times as fast | rounds | memory, of the peer's | share of peak |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in table.itertuples():
-        lines.append(
-            f"| {row.case} | {row.peer} ({row.peer_dtype}) | {row.ours_s:.3g} ({row.ours_dtype}) | {row.peer_s:.3g} |"
-            f" **{row.speed_ratio:.2f}** [{row.ci_low:.2f}, {row.ci_high:.2f}] | {row.num_rounds} |"
-            f" {row.memory_ratio:.2f} |"
-            f" {row.ours_share_of_peak:.2f} / {row.peer_share_of_peak:.2f} |"
-        )
-    return "\n".join(lines)
 
 
 def _relative(folder: Path) -> str:

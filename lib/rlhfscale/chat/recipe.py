@@ -8,10 +8,10 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from rlhfscale.bed.specs import Algorithm
 from rlhfscale.chat import reasoning
 from rlhfscale.chat import specs as chat_specs
-from rlhfscale.chat.checkpoints import checkpoint
+from rlhfscale.models.checkpoints import checkpoint
+from rlhfscale.runs.policy_spec import Algorithm
 from rlhfscale.runs.recipe import RecipeBase
 
 EVALUATION, LABELS, REJECTION = 1, 2, 3
@@ -25,7 +25,7 @@ class CheckpointRecipe(RecipeBase):
 
     find = staticmethod(checkpoint)
 
-    ladder: Literal["checkpoints"] = Field(description="rungs are published models, see rlhfscale.chat.checkpoints")
+    ladder: Literal["checkpoints"] = Field(description="rungs are published models, see rlhfscale.models.checkpoints")
     precision: chat_specs.Precision | None = Field(description="of every base; without one, bfloat16 on a CPU")
     nf4_rungs: tuple[str, ...] = Field((), description="rungs that are held in 4 bits whatever the precision")
     tasks: tuple[str, ...] = Field(min_length=1, description="reasoning-gym tasks, see tasks.reasoning")

@@ -10,9 +10,10 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from rlhfscale.bed.specs import Algorithm, check_algorithm
-from rlhfscale.chat.checkpoints import CHECKPOINTS, checkpoint
 from rlhfscale.chat.reasoning import TASKS
+from rlhfscale.models.checkpoints import CHECKPOINTS, checkpoint
+from rlhfscale.planning.placement import placed
+from rlhfscale.runs.policy_spec import Algorithm, PolicySpec
 from rlhfscale.runs.spec import Needs, Spec
 
 Precision = Literal["bf16", "nf4"]
@@ -83,8 +84,6 @@ def _needs(spec: Spec, *chats: Chat) -> Needs:
     """
     if chats[0].precision is None:
         return Needs(memory_mib=2048 + int(8 * sum(chat.num_params for chat in chats) / 2**20))
-    from rlhfscale.planning.placement import placed  # it reads this module's specs
-
     gpus, machines = placed(spec)
     largest = max(chat.num_params for chat in chats)
     return Needs(gpus=gpus, machines=machines, memory_mib=8192 + int(2.2 * largest / 2**20))
@@ -238,11 +237,7 @@ class AnswerReward(Spec):
         return f"reward model of seed {self.seed} on {self.base.title}"
 
 
-PPO_ONLY = "critic_lr", "value_coefficient"
-"""Fields of `Aligned` that belong to a critic: PPO needs each of them, GRPO and RLOO have none."""
-
-
-class Aligned(Spec):
+class Aligned(PolicySpec):
     """A tuned model after PPO, GRPO or RLOO; policy, value head and reference are on one base, and so is a reward model
     of the same tuned model. Another one is a second frozen model.
 
@@ -254,6 +249,8 @@ class Aligned(Spec):
     runner: ClassVar[str] = "rlhfscale.chat.stages:aligned"
     added: ClassVar[tuple[str, ...]] = ("algorithm",)
 
+    ppo_only: ClassVar[tuple[str, ...]] = ("critic_lr", "value_coefficient")
+
     base: Tuned
     reward_model: AnswerReward
     algorithm: Algorithm = "ppo"
@@ -261,24 +258,7 @@ class Aligned(Spec):
     verifier_weight: float = Field(ge=0)
     precision: Precision
     tasks: tuple[str, ...]
-    num_updates: Positive
-    prompts_per_update: Positive
-    responses_per_prompt: Positive
-    epochs: Positive
     max_new_tokens: Positive
-    policy_lr: float = Field(gt=0)
-    critic_lr: float | None = Field(None, gt=0)
-    value_coefficient: float | None = Field(None, gt=0)
-    kl_coefficient: float = Field(ge=0)
-    missing_eos_penalty: float = Field(ge=0)
-    lora_rank: Positive
-    lora_alpha: float = Field(gt=0)
-    seed: int = Field(ge=0)
-
-    @model_validator(mode="after")
-    def _fields_of_the_algorithm(self) -> "Aligned":
-        check_algorithm(self, PPO_ONLY)
-        return self
 
     @property
     def chat(self) -> Chat:

@@ -14,16 +14,16 @@ from safetensors.numpy import save_file
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhfscale.bed.stages import Inputs
 from rlhfscale.chat import answers as answer_data
-from rlhfscale.chat import checkpoints, reasoning
+from rlhfscale.chat import reasoning
 from rlhfscale.chat import specs as chat_specs
 from rlhfscale.chat.finetune import finetune
-from rlhfscale.models import loading, parallel, smollm2
+from rlhfscale.models import checkpoints, loading, parallel, smollm2
 from rlhfscale.rewards import Mixed, Normalised, OutcomeRewardModel, SharedReward, outcome, scorer
 from rlhfscale.rewards.metrics import pair_accuracy
 from rlhfscale.rl import TRAINERS, networks
 from rlhfscale.rl.networks import SharedBase
+from rlhfscale.runs.spec import Inputs
 from rlhfscale.runs.store import scratch
 from rlhfscale.samplers import Completions, hf, repeated, request_seeds, together
 

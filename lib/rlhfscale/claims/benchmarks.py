@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from pydantic import model_validator
 
-from rlhfscale.bed import specs
 from rlhfscale.evals import alpaca_eval, planted, revisions, sources
 from rlhfscale.evals import benchmarks as evals
+from rlhfscale.evals import specs as evals_specs
 from rlhfscale.runs.spec import Spec
 from rlhfscale.stats.bootstrap import bootstrap, summary_row
 from rlhfscale.study import style
@@ -98,9 +98,9 @@ class Params(RecipeFigure):
         return max(range(len(self.extra_chars)), key=lambda place: abs(self.extra_chars[place]))
 
     @property
-    def coverage(self) -> specs.Coverage:
+    def coverage(self) -> evals_specs.Coverage:
         """Of the intervals of the hardest model."""
-        return specs.Coverage(
+        return evals_specs.Coverage(
             win_rate=self.win_rates[self.hardest],
             extra_chars=self.extra_chars[self.hardest],
             num_instructions=self.num_instructions,
@@ -110,12 +110,12 @@ class Params(RecipeFigure):
         )
 
     @property
-    def mt_bench(self) -> specs.MTBench:
+    def mt_bench(self) -> evals_specs.MTBench:
         """Raises FileNotFoundError where something is missing."""
         kind, _, source = self.judge.partition(":")
         names = ("before_temperature", "after_temperature", "judge", "constrained", "num_questions", "max_new_tokens")
         names += ("judge_tokens", "max_missing", "dtype", "seed")
-        return specs.MTBench(
+        return evals_specs.MTBench(
             before=self.before,
             before_revision=revisions.revision(self.before),
             after=self.after,

@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from pydantic import model_validator
 
-from rlhfscale.bed.specs import Algorithm
+from rlhfscale.runs.policy_spec import Algorithm
 from rlhfscale.stats.bootstrap import nested_bootstrap, summary_row
 from rlhfscale.study import roles, style
 from rlhfscale.study.artifacts import Folders, read_metrics

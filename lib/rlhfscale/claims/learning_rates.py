@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from pydantic import model_validator
 
-from rlhfscale.bed.specs import Algorithm
+from rlhfscale.runs.policy_spec import Algorithm
 from rlhfscale.runs.spec import Spec
 from rlhfscale.stats.bootstrap import bootstrap, summary_row
 from rlhfscale.study import roles, style

@@ -4,7 +4,7 @@ import json
 
 import pandas as pd
 
-import rlhfscale.claims  # noqa: F401  registers the figures
+from rlhfscale.claims import throughput
 from rlhfscale.runs.paths import project_root
 from rlhfscale.study.params import FIGURES
 
@@ -45,10 +45,12 @@ def _conditions(folder) -> str:
 
 def speed_table() -> str:
     """A Markdown table of the benchmark."""
-    from rlhfscale.bench import report
-
-    file = project_root() / "results" / TIER / report.NAME / "summary.csv"
-    return report.markdown(pd.read_csv(file)) if file.is_file() else f"Not measured yet: `{report.COMMAND}`."
+    file = project_root() / "results" / TIER / throughput.Params.figure / "summary.csv"
+    return (
+        throughput.markdown(pd.read_csv(file))
+        if file.is_file()
+        else f"Not measured yet: `{throughput.report.COMMAND}`."
+    )
 
 
 TABLES = {"figures": figure_table, "speed": speed_table}

@@ -17,9 +17,9 @@ from transformers import AutoTokenizer
 
 from rlhfscale.chat import specs as chat_specs
 from rlhfscale.chat.answers import Answers
-from rlhfscale.chat.checkpoints import checkpoint
 from rlhfscale.chat.recipe import LABELS, CheckpointRecipe
 from rlhfscale.evals.best_of_n import best_of_n
+from rlhfscale.models.checkpoints import checkpoint
 from rlhfscale.runs.spec import Spec
 from rlhfscale.stats.bootstrap import summary_row
 from rlhfscale.study import recipes, style
@@ -72,7 +72,7 @@ class Params(StudyFigure):
     title: ClassVar[str] = "The pipeline on a published language model"
     claims: ClassVar[tuple[str, ...]] = ()
 
-    checkpoint: str = field(role="fixed", doc="published chat model, see rlhfscale.chat.checkpoints")
+    checkpoint: str = field(role="fixed", doc="published chat model, see rlhfscale.models.checkpoints")
     tasks: tuple[str, ...] = field(role="fixed", min_length=1, doc="reasoning-gym tasks, see tasks.reasoning")
     ppo: tuple[Run, ...] = field(
         role="scientific", min_length=1, doc="PPO by the score, or by score and verifier; with LoRA or QLoRA"

@@ -74,11 +74,11 @@ def draw(summary: pd.DataFrame) -> Figure:
     speed, memory = picture.subplots(1, 2, sharey=True)
     place = np.arange(len(summary))[::-1]
     error = [summary.speed_ratio - summary.ci_low, summary.ci_high - summary.speed_ratio]
-    speed.barh(place, summary.speed_ratio, xerr=error, color="C0", height=0.6, capsize=3)
+    speed.barh(place, summary.speed_ratio, xerr=error, color="tab:blue", height=0.6, capsize=3)
     speed.axvline(1, color="0.4", linewidth=1)
     speed.set_xlabel("times as fast as the peer")
     speed.set_yticks(place, summary.case)
-    memory.barh(place, summary.memory_ratio, color="C1", height=0.6)
+    memory.barh(place, summary.memory_ratio, color="tab:orange", height=0.6)
     memory.axvline(1, color="0.4", linewidth=1)
     memory.set_xlabel("peak memory, of the peer's")
     return picture

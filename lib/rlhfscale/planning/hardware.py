@@ -4,6 +4,8 @@ import os
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from rlhfscale.runs.paths import GPU_VARIABLE
+
 
 class Hardware(BaseModel):
     """A kind of GPU and how it is connected.
@@ -77,8 +79,8 @@ HARDWARE: dict[str, Hardware] = {
     )
 }
 
-VARIABLE, DEFAULT = "RLHFSCALE_GPU", "h100-80gb"
-"""Variable that names the kind of GPU that stages are placed on, and the kind without it."""
+DEFAULT = "h100-80gb"
+"""Kind of GPU that stages are placed on where `runs.paths.GPU_VARIABLE` names none."""
 OF_TIER = {"gpu": ("h100-80gb", 1), "gpu24": ("rtx4090-24gb", 1), "paper": ("h100-80gb", 64)}
 """Kind and number of GPUs that a tier is planned for unless the caller says; tiers that are not here are for CPUs."""
 
@@ -86,7 +88,7 @@ OF_TIER = {"gpu": ("h100-80gb", 1), "gpu24": ("rtx4090-24gb", 1), "paper": ("h10
 def kind_for(tier: str | None = None, asked: str | None = None) -> str | None:
     """The kind of GPU that stages are planned for and placed on: what was asked for, else the variable's, else the
     tier's; None for a tier of CPUs. Raises ValueError for one that is not known."""
-    kind = asked or os.environ.get(VARIABLE) or OF_TIER.get(tier, (None, 1))[0]
+    kind = asked or os.environ.get(GPU_VARIABLE) or OF_TIER.get(tier, (None, 1))[0]
     return kind and hardware(kind).name
 
 

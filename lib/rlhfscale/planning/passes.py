@@ -3,7 +3,7 @@
 Operations are counted as torch's FlopCounterMode does: a multiplication and an addition are two, attention as if dense
 (Kaplan et al. 2020, table 1, with the pieces that it leaves out). Bytes are those of the tensors that live at the same
 time (Korthikanti et al. 2022, section 4, does the sum for another layer). Tests hold both against torch's own counts on
-small models, and `bench.planned` against whole stages.
+small models, and `tests/planned_against_measured.py` against whole stages.
 
 A decoder is computed in one of two ways. ``fused``, a Llama on a CPU (`models.llama`): equal prompts once, the last
 layer after its attention only where it is read, one node of autograd a layer. ``plain``, on a GPU: transformers' layers

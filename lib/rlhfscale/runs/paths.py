@@ -9,6 +9,9 @@ import os
 import re
 from pathlib import Path
 
+GPU_VARIABLE = "RLHFSCALE_GPU"
+"""Names the kind of GPU that stages are placed on, see `planning.hardware`; passed on to every worker."""
+
 
 def project_root() -> Path:
     """The nearest folder at or above the current one whose pyproject.toml names rlhfscale, else the source checkout.

@@ -16,8 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rlhfscale.planning import hardware
 from rlhfscale.runs import ray_team, team
+from rlhfscale.runs.paths import GPU_VARIABLE
 from rlhfscale.runs.pool import THREAD_VARIABLES, Outcome, Pool, PoolError, worker_environment
 from rlhfscale.runs.spec import Needs, Spec
 from rlhfscale.runs.store import Store, StoreError
@@ -55,8 +55,8 @@ class RayPool(Pool):
             where, variables = {"address": address}, dict.fromkeys(THREAD_VARIABLES, "1")
             if address == LOCAL:
                 where, variables = {"num_cpus": workers, "include_dashboard": False}, worker_environment()
-            if hardware.VARIABLE in os.environ:
-                variables |= {hardware.VARIABLE: os.environ[hardware.VARIABLE]}
+            if GPU_VARIABLE in os.environ:
+                variables |= {GPU_VARIABLE: os.environ[GPU_VARIABLE]}
             try:
                 ray.init(**where, runtime_env={"env_vars": variables}, log_to_driver=False, logging_level="ERROR")
             except (ConnectionError, ValueError, RuntimeError) as error:

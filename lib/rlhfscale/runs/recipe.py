@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
-from rlhfscale.bed.specs import Algorithm
+from rlhfscale.runs.policy_spec import Algorithm
 
 
 class RecipeBase(BaseModel):

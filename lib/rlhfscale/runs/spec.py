@@ -7,11 +7,15 @@ a change of anything that alters the artifact gives it another key. This module 
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict
+
+Inputs = Mapping[str, Path]
+"""What a stage's function is given of its parents: the artifact folder of each by its key."""
 
 
 class Needs(BaseModel):

@@ -10,8 +10,8 @@ from pydantic import ValidationError
 
 from rlhfscale.bed import ladder
 from rlhfscale.bed.recipe import Recipe
-from rlhfscale.chat.checkpoints import CHECKPOINTS, checkpoint
 from rlhfscale.chat.recipe import CheckpointRecipe
+from rlhfscale.models.checkpoints import CHECKPOINTS, checkpoint
 from rlhfscale.runs.paths import project_root
 from rlhfscale.study.params import ParamsError, explain, read_yaml
 

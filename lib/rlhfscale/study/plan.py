@@ -1,4 +1,4 @@
-"""What ``rlhfscale plan`` prints below the table of figures."""
+"""What ``rlhfscale plan`` prints: a tier's figures, and what they take on a CPU or on GPUs."""
 
 import json
 from collections.abc import Sequence

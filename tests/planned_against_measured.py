@@ -1,4 +1,4 @@
-"""The planner's numbers beside measured ones: ``python -m rlhfscale.bench.planned [CASE ...]``.
+"""The planner's numbers beside measured ones: ``python tests/planned_against_measured.py [CASE ...]``.
 
 Each case makes one artifact by its stage's own function, in a fresh process of one thread, after its parents have been
 made in the store. Measured are the peak of the process's resident memory, and the FLOPs that torch's counter sees in a
@@ -24,16 +24,17 @@ import numpy as np
 import pandas as pd
 
 from rlhfscale.bed import specs
-from rlhfscale.bed.recipe import Recipe
+from rlhfscale.bed.workloads import EVEN
 from rlhfscale.bench.peers.protocol import counter
 from rlhfscale.chat import specs as chat_specs
+from rlhfscale.claims import real_model
 from rlhfscale.planning.memory import Layout, peak
-from rlhfscale.planning.workloads import EVEN, ROLLOUT_BATCH, TOKENS_PER_PASS, Lengths, workload
+from rlhfscale.planning.workloads import ROLLOUT_BATCH, TOKENS_PER_PASS, Lengths, workload
 from rlhfscale.runs import grid, paths
 from rlhfscale.runs.pool import worker_environment
 from rlhfscale.runs.spec import Spec
 from rlhfscale.runs.store import Store
-from rlhfscale.study.real_model import RealModel
+from rlhfscale.study import recipes
 
 NAME = "plan_check"
 MIB = 2**20
@@ -42,7 +43,7 @@ Drawn = Sequence[tuple[np.ndarray, np.ndarray]]
 
 def cases() -> dict[str, Spec]:
     """A spec of every kind of stage, small enough for a minute."""
-    recipe = Recipe.load("laptop")
+    recipe = recipes.load("laptop")
 
     def tuned(rung: str, documents: int) -> specs.SFT:
         base = recipe.pretrain(rung).changed(num_documents=documents)
@@ -57,7 +58,7 @@ def cases() -> dict[str, Spec]:
         f"policy-{rung}": recipe.policy(rung, "330k", 0).changed(sft=sft, reward_model=scorer, num_updates=3)
         for rung, sft in (("150k", small), ("980k", large))
     }
-    real = RealModel(
+    real = real_model.Params(
         recipe="smoke",
         seeds=(1, 2),
         checkpoint="smollm2-135m",
@@ -133,7 +134,7 @@ def _row(name: str, spec: Spec, runtime: float, store: Store) -> dict[str, Any]:
 
 
 def _in_process(name: str, store: Store) -> dict[str, Any]:
-    command = [sys.executable, "-m", "rlhfscale.bench.planned", "--child", name, "--store", str(store.root)]
+    command = [sys.executable, __file__, "--child", name, "--store", str(store.root)]
     done = subprocess.run(command, env=os.environ | worker_environment(), capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{name} failed:\n{done.stderr}")
@@ -187,7 +188,7 @@ def _idle(stages: Any) -> dict[str, Any]:
     """All libraries of any case loaded, and a training step of the smallest rung."""
     import bitsandbytes  # noqa: F401
 
-    spec = Recipe.load("laptop").pretrain("14k").changed(num_documents=64, batch_size=64)
+    spec = recipes.load("laptop").pretrain("14k").changed(num_documents=64, batch_size=64)
     with tempfile.TemporaryDirectory() as folder:
         stages.pretrain(spec, {}, Path(folder))
     return {"peak_bytes": peak_bytes()}

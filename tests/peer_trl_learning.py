@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from protocol import read_job
 from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "lib" / "rlhfscale" / "bench" / "peers"))
+from protocol import read_job
 from trl_ppo import tokenizer
 
 TOLERANCE = 1e-4

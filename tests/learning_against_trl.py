@@ -1,6 +1,6 @@
 """Whether our PPO learns as much as trl's from equally many roll-outs, on the laptop test bed.
 
-``python -m rlhfscale.bench.learning --peer-python PEER --store STORE --out FOLDER`` trains the laptop recipe's SFT
+``python tests/learning_against_trl.py --peer-python PEER --store STORE --out FOLDER`` trains the laptop recipe's SFT
 policy with both sides against the same frozen reward models, on the same prompts, and grades both by the verifier on
 the same held-out prompts. Written to FOLDER:
 
@@ -39,6 +39,7 @@ from rlhfscale.rl import PPO, PPOConfig
 from rlhfscale.runs import grid
 from rlhfscale.runs.store import Store
 from rlhfscale.samplers import hf, request_seeds
+from rlhfscale.study import recipes
 
 REWARD_RUNG = "150k"
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -48,7 +49,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 """Ours: what each changes in the recipe's PPO."""
 
-PEER = Path(__file__).parent / "peers" / "trl_learning.py"
+PEER = Path(__file__).with_name("peer_trl_learning.py")
 PEER_RATES = (1e-3, 3e-4)
 CHOICE_SEED = 0
 NUM_CHECKED = 64
@@ -86,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
     beds = prepare(options.rung, options.updates, [CHOICE_SEED, *options.seeds], Store(options.store))
-    recipe = Recipe.load("laptop")
+    recipe = recipes.load("laptop")
     rate = choose_rate(recipe, beds[CHOICE_SEED], options)
     rows = []
     for seed in options.seeds:
@@ -100,9 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m rlhfscale.bench.learning", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="python tests/learning_against_trl.py", description=__doc__.split("\n")[0])
     parser.add_argument("--peer-python", required=True, help="Python of the environment of requirements/bench.txt")
     parser.add_argument("--store", help="artifact store, a folder or a URL; what is missing there is made")
     parser.add_argument("--out", type=Path, required=True, help="folder of the tables")
@@ -118,12 +117,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def command(options: argparse.Namespace) -> str:
     """The command without this machine's paths."""
     seeds = " ".join(map(str, options.seeds))
-    return f"python -m rlhfscale.bench.learning --seeds {seeds} --rung {options.rung} --updates {options.updates}"
+    return f"python tests/learning_against_trl.py --seeds {seeds} --rung {options.rung} --updates {options.updates}"
 
 
 def prepare(rung: str, updates: int, seeds: Sequence[int], store: Store) -> dict[int, Bed]:
     """The recipe's models of each seed, from the store or made there."""
-    recipe = Recipe.load("laptop")
+    recipe = recipes.load("laptop")
     policies = {seed: recipe.policy(rung, REWARD_RUNG, seed) for seed in seeds}
     made = grid.ensure(
         [spec for policy in policies.values() for spec in (policy.sft, policy.reward_model)], store=store
