@@ -15,7 +15,6 @@ from matplotlib.lines import Line2D
 from pydantic import model_validator
 
 from rlhfscale.evals import alpaca_eval, planted, revisions, sources
-from rlhfscale.evals import benchmarks as evals
 from rlhfscale.evals import specs as evals_specs
 from rlhfscale.runs.spec import Spec
 from rlhfscale.stats.bootstrap import bootstrap, summary_row
@@ -180,6 +179,8 @@ def proportion_interval(share: float, count: int, z: float = 1.959964) -> tuple[
 
 
 def _mt_bench(P: Params, folders: Folders) -> pd.DataFrame:
+
+    from rlhfscale.evals import benchmarks as evals  # it imports torch
 
     folder = folders[P.mt_bench]
     about = {"judge": P.judge, "constrained": P.constrained}

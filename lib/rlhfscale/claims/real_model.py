@@ -13,16 +13,15 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from pydantic import model_validator
 from safetensors.numpy import load_file
-from transformers import AutoTokenizer
 
 from rlhfscale.chat import specs as chat_specs
-from rlhfscale.chat.answers import Answers
 from rlhfscale.chat.recipe import LABELS, CheckpointRecipe
 from rlhfscale.evals.best_of_n import best_of_n
 from rlhfscale.models.checkpoints import checkpoint
 from rlhfscale.runs.spec import Spec
 from rlhfscale.stats.bootstrap import summary_row
 from rlhfscale.study import recipes, style
+from rlhfscale.study.artifacts import read_responses
 from rlhfscale.study.figure import StudyFigure
 from rlhfscale.study.params import field
 from rlhfscale.study.tables import Tables, command, mean_intervals, per_prompt_table
@@ -166,7 +165,7 @@ def measure(P: Params, folders: Mapping[Spec, Path]) -> Tables:
     questions together, paired between stages.
     """
     found = {
-        (stage, seed, kind): Answers.load(folders[spec])
+        (stage, seed, kind): read_responses(folders, spec)
         for stage in P.stages
         for seed in P.seeds
         for kind, spec in (("sampled", P.evaluation(stage, seed)), ("greedy", P.greedy(stage, seed)))
@@ -204,6 +203,8 @@ def training(P: Params, folders: Mapping[Spec, Path]) -> pd.DataFrame:
 def reading(P: Params, folders: Mapping[Spec, Path], found: dict, per_task: int = 3) -> pd.DataFrame:
     """Some held-out questions and the greedy answers of every stage, first seed: not chosen, the first of each task."""
     seed = P.seeds[0]
+    from transformers import AutoTokenizer  # it imports torch
+
     tokenizer = AutoTokenizer.from_pretrained(folders[P.tuned(seed)] / "model", local_files_only=True)
     texts = {stage: found[stage, seed, "greedy"].texts(tokenizer)[:, 0] for stage in P.stages}
     questions = found["chat", seed, "greedy"].questions

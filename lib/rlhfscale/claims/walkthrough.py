@@ -3,12 +3,10 @@
 The arithmetic by hand, and the sketches of formulas, are in `study.by_hand`; the notebook takes them from here.
 """
 
-from collections.abc import Sequence
-from typing import ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import pandas as pd
-from IPython.display import display
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from pydantic import model_validator
@@ -17,9 +15,7 @@ from rlhfscale.bed import specs, tasks
 from rlhfscale.bed.demonstrations import STREAM, encode_prompts
 from rlhfscale.bed.recipe import Recipe
 from rlhfscale.bed.responses import Responses, label
-from rlhfscale.rl.loop import Trainer
 from rlhfscale.runs.spec import Spec
-from rlhfscale.samplers import Completions
 from rlhfscale.stats.bootstrap import bootstrap, summary_row
 from rlhfscale.study import style
 from rlhfscale.study.artifacts import Folders, read_responses
@@ -27,6 +23,10 @@ from rlhfscale.study.figure import RecipeFigure
 from rlhfscale.study.params import field
 from rlhfscale.study.recipes import num_params
 from rlhfscale.study.tables import Tables, command, new_rng
+
+if TYPE_CHECKING:
+    from rlhfscale.rl.loop import Trainer
+    from rlhfscale.samplers import Completions
 
 
 class Params(RecipeFigure):
@@ -126,10 +126,6 @@ def measure(P: Params, folders: Folders, metrics: pd.DataFrame, after: Responses
     return Tables(table, pd.DataFrame(summary), pd.concat(prompts))
 
 
-Rows = Sequence[Sequence[float]]
-"""One list of numbers for each response, one number for each of its tokens."""
-
-
 class LiveRun:
     """Prompts for a trainer and what the verifier says of its responses, drawn while it trains.
 
@@ -149,7 +145,7 @@ class LiveRun:
         """Token ids of an update's prompts."""
         return encode_prompts(self.problems[update])
 
-    def on_update(self, update: int, metrics: dict[str, float], completions: Completions) -> dict[str, float]:
+    def on_update(self, update: int, metrics: dict[str, float], completions: "Completions") -> dict[str, float]:
         """Grade an update's responses, and draw; returns what is to be logged beside the trainer's metrics."""
         graded = label(self.problems[update], completions)
         found = {"gold": float(graded.gold.mean()), "exact": float(graded.exact.mean())}
@@ -160,6 +156,8 @@ class LiveRun:
 
     def draw(self) -> None:
         """Show the run so far, in place of the picture before."""
+        from IPython.display import display
+
         picture = draw(pd.DataFrame(self.records).melt("update", var_name="metric"))
         if self._shown is None:
             self._shown = display(picture, display_id=True)
@@ -167,10 +165,12 @@ class LiveRun:
             self._shown.update(picture)
 
 
-def held_out(P: Params, trainer: Trainer) -> Responses:
+def held_out(P: Params, trainer: "Trainer") -> Responses:
     """The trained policy's responses to the prompts of ``P.before``, with the same draws."""
+    from rlhfscale.bed import stages  # it imports torch
+
     with trainer.networks.decoder() as policy:
-        return draw(P.before, policy)
+        return stages.draw(P.before, policy)
 
 
 @style.styled
@@ -207,3 +207,10 @@ def draw(runs: pd.DataFrame, summary: pd.DataFrame | None = None) -> Figure:
         axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     axes[2].set_ylim(bottom=min(0.0, updates["kl_nats"].min()))
     return figure
+
+
+def __getattr__(name: str) -> Any:
+    """The tables and sketches of part 1, from `study.by_hand`. They need torch, which a plan does without."""
+    from rlhfscale.study import by_hand
+
+    return getattr(by_hand, name)

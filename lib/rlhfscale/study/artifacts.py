@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -9,10 +10,12 @@ from safetensors.numpy import load_file
 
 from rlhfscale.bed.responses import Responses
 from rlhfscale.chat import specs as chat_specs
-from rlhfscale.chat.answers import Answers
 from rlhfscale.evals import best_of_n as bon
 from rlhfscale.runs.spec import Spec
 from rlhfscale.study import roles
+
+if TYPE_CHECKING:
+    from rlhfscale.chat.answers import Answers
 
 Folders = Mapping[Spec, Path]
 LAST_UPDATES = 5

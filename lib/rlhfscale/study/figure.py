@@ -1,4 +1,4 @@
-"""What the figures' parameters share: a recipe, seeds, and for many of them one rung that is trained in several ways."""
+"""What the parameters of figures share: a recipe, seeds, and for many one rung that is trained in several ways."""
 
 from typing import ClassVar, Self
 
