@@ -80,7 +80,7 @@ def resumed(folder: Path) -> tuple[dict, list]:
     for count in (2, 3):
         run = tiny_rl.trainer(PPO, policy_lr=1e-2)
         records = run.train(partial(tiny_rl.prompts, run), count, folder=folder, progress=False)
-        assert run.run.num_updates == count
+        assert run.num_updates == count
     return dict(run.networks.named_parameters()), records[["proxy", "kl_nats"]].to_numpy().tolist()
 
 

@@ -53,8 +53,8 @@ def test_scores_are_those_of_the_reward_models_own_copy_while_the_policy_moves(s
 
 
 def sequences_of(run, completions):
-    repeated = [p for p in encode(run.run.tokenizer, tiny_rl.prompts(run)) for _ in range(2)]
-    return joined(repeated, completions, run.run.tokenizer)
+    repeated = [p for p in encode(run.tokenizer, tiny_rl.prompts(run)) for _ in range(2)]
+    return joined(repeated, completions, run.tokenizer)
 
 
 def test_it_is_neither_trained_nor_saved(saved, tmp_path):

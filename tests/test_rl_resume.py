@@ -65,7 +65,7 @@ def state(run):
         for index, entry in run.learner.optimizer.state_dict()["state"].items()
         for name, tensor in entry.items()
     }
-    return tiny.weights(run.networks) | optimizer, (run.run.num_updates, run.kl_coefficient)
+    return tiny.weights(run.networks) | optimizer, (run.num_updates, run.kl_coefficient)
 
 
 def assert_same(run, other):
@@ -142,10 +142,10 @@ def test_prompts_may_be_a_function_of_the_update(tmp_path):
 
 def test_a_list_of_prompts_is_passed_through_without_replacement():
     run, prompts = new(), tiny.prompts(10)
-    draw = run.run.shuffled(prompts)
+    draw = run._shuffled(prompts)
     drawn = [prompts.index(prompt) for update in range(5) for prompt in draw(update)]
     assert sorted(drawn[:10]) == sorted(drawn[10:]) == list(range(10)) and drawn[:10] != drawn[10:]
-    assert draw(3) == run.run.shuffled(prompts)(3)  # of the update alone
+    assert draw(3) == run._shuffled(prompts)(3)  # of the update alone
 
 
 # --- being killed ---

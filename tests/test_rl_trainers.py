@@ -99,7 +99,7 @@ def test_a_reward_sees_prompts_and_responses_joined():
     run = trainer(reward=reward)
     _, completions = gather(run)
     (seen,) = reward.asked
-    assert seen.tokenizer is run.run.tokenizer and np.array_equal(seen.finished, completions.finished)
+    assert seen.tokenizer is run.tokenizer and np.array_equal(seen.finished, completions.finished)
     for i, prompt in enumerate(p for p in tiny_rl.prompts(run) for _ in range(2)):
         sequence = [*prompt, *completions[i].token_ids]
         assert seen.ids[i, : len(sequence)].tolist() == sequence and seen.lengths[i] == len(sequence)
@@ -110,7 +110,7 @@ def test_a_function_of_texts_sees_texts_without_special_tokens():
     seen = []
     run = trainer(reward=lambda prompts, responses: seen.extend(zip(prompts, responses, strict=True)) or [0.0] * 32)
     _, completions = gather(run)
-    tokenizer = run.run.tokenizer
+    tokenizer = run.tokenizer
     repeated = (p for p in tiny_rl.prompts(run) for _ in range(2))
     for (prompt, response), ids, completion in zip(seen, repeated, completions, strict=True):
         assert prompt == tokenizer.decode(ids[1:]) and "<" not in prompt + response
@@ -152,7 +152,7 @@ def test_one_pass_for_sampling_and_first_step_changes_nothing(algorithm, options
     weights = []
     for most in (16384, 150):
         run = trainer(algorithm, epochs=1, minibatch_size=None, max_tokens_per_pass=most, **options)
-        _, evaluated = run.evaluate(run.run.collect(run.networks, tiny_rl.prompts(run))[0])
+        _, evaluated = run.evaluate(run.collect(tiny_rl.prompts(run))[0])
         assert (evaluated is not None) == (most == 16384)
         with tiny_rl.unmoved(run):
             updates(run, 1)
@@ -303,7 +303,7 @@ def test_a_shared_trunk_learns_from_the_value_loss_by_its_coefficient():
 
 def test_every_rollout_is_in_one_minibatch_of_each_epoch():
     run = trainer(epochs=3, minibatch_size=8)
-    order = torch.stack(list(run.run.minibatches(32)))
+    order = torch.stack(list(run.minibatches(32)))
     assert order.shape == (12, 8)
     assert all(sorted(epoch.flatten().tolist()) == list(range(32)) for epoch in order.view(3, 4, 8))
     assert not torch.equal(order[:4], order[4:8])
@@ -570,7 +570,7 @@ def test_bad_prompts_are_named(change, message):
         return
     with pytest.raises(ValueError, match=message):
         run.update(given)
-    assert run.run.num_updates == 0
+    assert run.num_updates == 0
 
 
 def test_a_wrong_number_of_prompts_is_named():

@@ -47,7 +47,7 @@ def theirs(run, kind, completions, folder, **options):
     tokenizer, base = rungs.build_tokenizer(), tiny.model()
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in tiny_rl.prompts(run) for _ in range(GROUP)]
     repeated = [ids for ids in tiny_rl.prompts(run) for _ in range(GROUP)]
-    scores = run.run.reward.score(rollout.joined(repeated, completions, tokenizer)).tolist()
+    scores = run.reward.score(rollout.joined(repeated, completions, tokenizer)).tolist()
     config = getattr(trl, f"{kind}Config")(
         output_dir=str(folder), report_to="none", use_cpu=True, bf16=False, per_device_train_batch_size=len(texts),
         num_generations=GROUP, max_completion_length=LENGTH, beta=BETA, epsilon=CLIP, gradient_checkpointing=False,

@@ -222,7 +222,7 @@ def test_ppo_learns_through_it(engine, deaths):
     with killed_during_requests(engine, deaths):
         for record in tiny_rl.updates(run, 2):
             assert record["sampler_gap_mean_nats"] < 1e-4 and record["sampler_ratio"] == pytest.approx(1, abs=1e-3)
-    assert run.run.num_updates == 2 and (engine._process.pid != first) == bool(deaths)
+    assert run.num_updates == 2 and (engine._process.pid != first) == bool(deaths)
 
 
 def test_bf16_gaps_and_no_orphan_when_the_parent_is_killed(folder, tmp_path):

@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 
-from rlhfscale.chat.checkpoints import CHECKPOINTS
+from rlhfscale.models.checkpoints import CHECKPOINTS
 from rlhfscale.models.shapes import Shape
 
 # The counts that the hub shows for each checkpoint's safetensors (tied embeddings once).

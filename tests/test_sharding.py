@@ -99,7 +99,7 @@ def test_saved_adapters_are_plain_and_continue_on_a_whole_base(made, base):
     run = tiny_rl.trainer(base=loading.load_base(base), policy_lr=1e-3)
     run.load(folder / "checkpoint")
     weights = {name: weight for name, weight in tiny.weights(run.networks).items() if name in trained}
-    assert run.run.num_updates == 3 and tiny.equal(weights, trained)
+    assert run.num_updates == 3 and tiny.equal(weights, trained)
     plain = PeftModel.from_pretrained(loading.load_base(base), folder / "checkpoint" / "policy")
     found = [weight for name, weight in plain.named_parameters() if ".lora_" in name]
     expected = [weight for name, weight in run.networks.named_parameters() if ".lora_" in name]

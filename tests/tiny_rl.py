@@ -105,7 +105,7 @@ def updates(run, count: int):
 
 def gather(run, update: int = 0):
     """Evaluated roll-outs of one update, without learning from them, and the responses."""
-    rollouts, completions = run.run.collect(run.networks, prompts(run, update))
+    rollouts, completions = run.collect(prompts(run, update))
     return run.evaluate(rollouts)[0], completions
 
 

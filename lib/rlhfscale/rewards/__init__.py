@@ -1,4 +1,24 @@
-"""Rewards: reward models, combinations of them, and the interface that trainers and samplers ask for."""
+"""Rewards: reward models, their training, and combinations of rewards, all behind one method ``score(sequences)``.
+
+    data = Labelled.from_pairs([("Name a prime.", "7", "8")], tokenizer)
+    options = {"epochs": 2, "prompts_per_batch": 16, "lr": 1e-4, "lora_rank": 16, "readout": "last", "seed": (0,)}
+    model, records = outcome.train(loading.load_scorer(folder, init_seed=0), [data], **options)
+    reward = OutcomeRewardModel(model, tokenizer)
+    scores = reward.score(data.sequences)
+
+The files:
+
+    base.py      what a reward is; mixtures, ensembles, normalisation and shrinking of rewards
+    labelled.py  responses with labels: comparisons, correctness, right or wrong steps
+    scorer.py    reading, saving and loading a model with a score head
+    losses.py    the losses, from scores and labels
+    training.py  the training run that the three kinds of reward model share
+    outcome.py   the outcome reward model: one score for a whole response
+    process.py   the process reward model: one probability for each step
+    mixed.py     an outcome reward model from all three kinds of label
+    shared.py    a reward model as an adapter on the policy's own base
+    metrics.py   how well scores order responses
+"""
 
 from rlhfscale.rewards.base import Ensemble, Mixed, Normalised, Reward, Shrunk, TextReward, as_reward, checked
 from rlhfscale.rewards.labelled import Labelled, StepLabelled

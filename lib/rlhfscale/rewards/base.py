@@ -1,7 +1,7 @@
-"""What a reward is, and rewards made of other rewards.
+"""The interface of a reward, and rewards that are made of other rewards.
 
-A reward is anything with ``score(sequences) -> float32 [sequence]``: a reward model, a verifier, a mixture of them. A
-plain function of texts becomes one by `as_reward`. Trainers and samplers ask nothing else of it.
+A reward is any object with ``score(sequences) -> float32 [sequence]``: a reward model, a verifier, or a mixture of
+them. `as_reward` turns a plain function of texts into one. Trainers and samplers need no other method.
 """
 
 import math
@@ -14,40 +14,40 @@ from torch import nn
 from rlhfscale.models.sequences import Sequences
 
 TextFunction = Callable[[list[str], list[str]], Sequence[float]]
-"""``fn(prompts, responses)``: one number for each pair of texts, special tokens left out."""
+"""``fn(prompts, responses)``: one number for each prompt and its response, as texts without special tokens."""
 
 COMBINE = ("mean", "worst", "uncertainty", "deviation")
 
 
 class Reward(Protocol):
-    """Scores whole sequences."""
+    """An object that scores whole sequences."""
 
     def score(self, sequences: Sequences) -> np.ndarray:
-        """float32 [sequence]; higher is better."""
+        """The score of each sequence, float32 [sequence]; higher is better."""
         ...
 
 
 class TextReward:
-    """A function of texts as a reward.
+    """A reward from a function of texts. It needs sequences that carry their tokenizer.
 
     Args:
-        function: called with the prompts' and the responses' texts; the sequences must carry their tokenizer.
+        function: called with the texts of prompts and responses.
     """
 
     def __init__(self, function: TextFunction):
         self.function = function
 
     def score(self, sequences: Sequences) -> np.ndarray:
-        """float32 [sequence]. Raises ValueError for a wrong number of scores or one that is not finite."""
+        """The function's scores, float32 [sequence]. Raises ValueError unless each sequence has one finite score."""
         return checked(self.function(sequences.prompts, sequences.responses), len(sequences))
 
 
 def as_reward(reward: Reward | TextFunction) -> Reward:
-    """A reward as it is; a plain callable ``fn(prompts, responses)`` wrapped in a `TextReward`.
+    """The reward itself, or a plain function ``fn(prompts, responses)`` as a `TextReward`.
 
     Raises:
-        TypeError: neither; or a torch module without a ``score`` method of its own (the ``score`` of a transformers
-            model is its linear head), or a class instead of an object.
+        TypeError: the argument is neither; it is a torch module without a ``score`` method of its own (the ``score`` of
+            a transformers model is its linear head); or it is a class instead of an object.
     """
     score = getattr(reward, "score", None)
     if isinstance(reward, type):
@@ -64,10 +64,10 @@ def as_reward(reward: Reward | TextFunction) -> Reward:
 
 
 def checked(scores: Sequence[float] | np.ndarray, count: int) -> np.ndarray:
-    """Scores as float32 [count].
+    """Check scores and return them as float32 [count].
 
     Raises:
-        ValueError: another shape, or a score that is NaN or infinite (names the first such sample).
+        ValueError: the shape is another one, or a score is NaN or infinite (names the first such sample).
     """
     if hasattr(scores, "detach"):
         scores = scores.detach().float().cpu()
@@ -82,18 +82,18 @@ def checked(scores: Sequence[float] | np.ndarray, count: int) -> np.ndarray:
 
 
 def scored(reward: Reward, sequences: Sequences) -> np.ndarray:
-    """The reward's checked scores, float32 [sequence]."""
+    """The checked scores of a reward, float32 [sequence]."""
     return checked(reward.score(sequences), len(sequences))
 
 
 class Mixed:
-    """A weighted sum of rewards, e.g. of a verifier and a reward model.
+    """A weighted sum of rewards, for example of a verifier and a reward model.
 
     Args:
-        parts: (weight, reward) of each; a reward may be a plain function.
+        parts: pairs (weight, reward); a reward may be a plain function.
 
     Raises:
-        ValueError: no part, or a weight that is not finite.
+        ValueError: there is no part, or a weight is not finite.
     """
 
     def __init__(self, parts: Sequence[tuple[float, Reward | TextFunction]]):
@@ -109,18 +109,18 @@ class Mixed:
 
 
 class Ensemble:
-    """Several rewards of one scale (normalise them first), made one conservatively (Coste et al. 2023, 2310.02743).
+    """Several rewards of one scale combined into one (Coste et al. 2023, arXiv 2310.02743). Normalise them first.
 
     Args:
         rewards: the members.
-        combine: ``mean`` over the members; ``worst``: their minimum, the paper's worst-case optimisation;
-            ``uncertainty``: mean minus ``penalty`` times their variance, its uncertainty-weighted optimisation;
-            ``deviation``: mean minus ``penalty`` times their standard deviation, which keeps the scores' unit (ours).
-            Variance and deviation divide by the number of members.
+        combine: ``mean``: the mean over the members; ``worst``: their minimum (the paper's worst-case optimisation);
+            ``uncertainty``: mean minus ``penalty`` times their variance (its uncertainty-weighted optimisation);
+            ``deviation``: mean minus ``penalty`` times their standard deviation, which keeps the unit of the scores
+            (ours). Variance and standard deviation divide by the number of members.
         penalty: at least 0; needed by the last two, refused by the others.
 
     Raises:
-        ValueError: no member, an unknown ``combine``, or a penalty that is missing, negative or without use.
+        ValueError: no member; an unknown ``combine``; or a penalty that is missing, negative or has no use.
     """
 
     def __init__(self, rewards: Sequence[Reward | TextFunction], combine: str = "mean", penalty: float | None = None):
@@ -149,7 +149,7 @@ class Normalised:
 
     Args:
         reward: the raw reward.
-        mean, std: of its scores on reference responses, e.g. those it was trained on; see `fit`.
+        mean, std: mean and standard deviation of its scores on reference responses, such as those it was trained on.
 
     Raises:
         ValueError: std is not a positive number, or mean is not finite.
@@ -161,7 +161,7 @@ class Normalised:
 
     @classmethod
     def fit(cls, reward: Reward | TextFunction, sequences: Sequences) -> "Normalised":
-        """Normalised to mean 0 and standard deviation 1 over these sequences. Raises ValueError if all score alike."""
+        """Normalise to mean 0 and standard deviation 1 over sequences. Raises ValueError if all have the same score."""
         scores = scored(as_reward(reward), sequences)
         return cls(reward, float(scores.mean()), float(scores.std()))
 
@@ -172,11 +172,11 @@ class Normalised:
 class Shrunk:
     """Asymmetric reward shrinking: scores below zero are multiplied by ``factor``, the others are kept.
 
-    Hou et al. 2024 (2412.06000) name the method; its details are not known here. This is our reading: after
-    normalisation the punishment of a bad response is damped and the incentive of a good one is not. Give it a
-    `Normalised` reward, so that zero is the mean.
+    Hou et al. 2024 (arXiv 2412.06000) name the method without details. This is our reading: after normalisation, the
+    punishment of a bad response is damped and the incentive of a good one is not.
 
     Args:
+        reward: a `Normalised` reward, so that zero is the mean.
         factor: in (0, 1]; 1 changes nothing. Raises ValueError outside.
     """
 
@@ -191,7 +191,7 @@ class Shrunk:
 
 
 def moments(mean: float, std: float) -> tuple[float, float]:
-    """Mean and standard deviation to normalise by, as floats. Raises ValueError where they cannot be used."""
+    """Check a mean and a standard deviation to normalise by, and return them as floats. Raises ValueError."""
     if not math.isfinite(mean) or not 0 <= std < math.inf:
         raise ValueError(f"mean {mean} and std {std} must be finite, and std positive")
     if std == 0:
@@ -200,7 +200,7 @@ def moments(mean: float, std: float) -> tuple[float, float]:
 
 
 def chosen(name: str, value: str, allowed: Sequence[str]) -> str:
-    """``value``, if it is one of the allowed names. Raises ValueError that lists them."""
+    """``value``, if it is one of the allowed names; otherwise raises a ValueError that lists them."""
     if value not in allowed:
         raise ValueError(f"{name}: {value!r} is not one of {', '.join(map(repr, allowed))}")
     return value

@@ -1,4 +1,4 @@
-"""Labelled responses to train reward models on: comparisons, correctness, and right or wrong steps."""
+"""Responses with labels that reward models are trained on: comparisons, correctness, and right or wrong steps."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,10 +15,11 @@ class Labelled:
     """Whole responses with labels of one or both kinds.
 
     Attributes:
-        sequences: in the tokens of the model to be trained.
-        group: int64 [sequence]; responses of equal number answer one prompt and are compared with each other.
-        gold: float32 [sequence], higher is better; a comparison holds where it differs within a group; NaN is none.
-        correct: float32 [sequence], 1 right, 0 wrong; NaN is none.
+        sequences: prompts and responses in the tokens of the model to be trained.
+        group: int64 [sequence]; responses with the same number answer one prompt and are compared with each other.
+        gold: float32 [sequence], higher is better. Two responses of a group with unequal gold are a comparison; NaN: no
+            label.
+        correct: float32 [sequence], 1 for right and 0 for wrong; NaN: no label.
 
     Raises:
         ValueError: an empty response, arrays of unequal length, infinite gold, or correctness that is neither 0, 1 nor
@@ -49,7 +50,7 @@ class Labelled:
         return tuple(torch.from_numpy(x).to(device) for x in (self.gold, self.correct, self.group))
 
     def compared(self) -> np.ndarray:
-        """bool [sequence]: has gold, and some response of its group has other gold."""
+        """Which responses have a comparison, bool [sequence]: another response of the group has other gold."""
         _, row = np.unique(self.group, return_inverse=True)
         lowest, highest = np.full(len(row), np.inf), np.full(len(row), -np.inf)
         np.fmin.at(lowest, row, self.gold)
@@ -63,10 +64,12 @@ class Labelled:
         tokenizer: PreTrainedTokenizerBase,
         strengths: Sequence[float] | None = None,
     ) -> "Labelled":
-        """From texts (prompt, chosen, rejected); each pair is a group of its own, the chosen response first.
+        """Labels from texts (prompt, chosen, rejected). Each pair is a group of its own, the chosen response first.
 
         Args:
-            strengths: how much the chosen response is better, as its gold above the rejected one's 0; 1 unless given.
+            pairs: the texts.
+            tokenizer: tokenizer of the model to be trained.
+            strengths: gold of each chosen response, 1 unless given; the rejected response has gold 0.
 
         Raises:
             ValueError: no pair, unequal numbers, or a strength that is not above 0 (names the pair); see also `encode`.
@@ -83,7 +86,7 @@ class Labelled:
 
     @classmethod
     def from_labels(cls, rows: Sequence[tuple[str, str, float]], tokenizer: PreTrainedTokenizerBase) -> "Labelled":
-        """From texts (prompt, response, correct), correct being 0 or 1; see `encode` for errors."""
+        """Labels from texts (prompt, response, correct), with correct 0 or 1. For errors see `encode`."""
         if not rows:
             raise ValueError("rows: no labelled response")
         sequences = encode(tokenizer, [row[0] for row in rows], [row[1] for row in rows], np.ones(len(rows), bool))
@@ -92,9 +95,9 @@ class Labelled:
 
     @classmethod
     def concat(cls, parts: Sequence["Labelled"]) -> "Labelled":
-        """Several data sets as one, so that batches mix them; groups of different parts stay apart.
+        """Join several data sets, so that batches mix them; groups of different parts stay apart.
 
-        The tokenizer of the first part is kept: all must hold the tokens of one.
+        The tokenizer of the first part is kept, so all parts must hold the tokens of one.
         """
         groups, start = [], 0
         for part in parts:
@@ -115,8 +118,8 @@ class StepLabelled:
     """Responses with a label for each of their steps.
 
     Attributes:
-        sequences: in the tokens of the model to be trained.
-        labels: float32 [sequence, step], 1 right, 0 wrong; NaN is none, as after the last step.
+        sequences: prompts and responses in the tokens of the model to be trained.
+        labels: float32 [sequence, step], 1 for right and 0 for wrong; NaN: no label, as after the last step.
 
     Raises:
         ValueError: an empty response, unequal numbers, or a label that is neither 0, 1 nor NaN (names the sample).
@@ -139,7 +142,7 @@ class StepLabelled:
 
 
 def step_ends(sequences: Sequences, step_ids: Sequence[int]) -> np.ndarray:
-    """bool [sequence, length]: the response's tokens that close a step, and its last token, which closes the last."""
+    """The response tokens that close a step, bool [sequence, length]. The last token always closes the last step."""
     position = np.arange(sequences.ids.shape[1])
     response = (position >= sequences.prompt_lengths[:, None]) & (position < sequences.lengths[:, None])
     last = position == sequences.lengths[:, None] - 1
@@ -149,12 +152,14 @@ def step_ends(sequences: Sequences, step_ids: Sequence[int]) -> np.ndarray:
 def encode(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], responses: Sequence[str], finished: np.ndarray
 ) -> Sequences:
-    """Texts as sequences: each prompt with the tokenizer's opening special tokens, then its response, encoded by
-    itself, then end-of-sequence where ``finished`` (bool [sequence]).
+    """Encode texts as sequences.
+
+    A sequence is the prompt with the tokenizer's opening special tokens, then the response, encoded by itself, then the
+    end-of-sequence token where ``finished`` (bool [sequence]).
 
     Raises:
-        ValueError: an empty prompt or response, a symbol that the tokenizer has no token for (names the sample), or a
-            finished response without an end-of-sequence token to close it.
+        ValueError: an empty prompt or response; a symbol that the tokenizer has no token for (names the sample); or a
+            finished response and a tokenizer without an end-of-sequence token.
     """
     pad, bos, eos = tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id
     if eos is None and np.any(finished):
@@ -171,7 +176,7 @@ def encode(
 
 
 def nonempty(sequences: Sequences) -> Sequences:
-    """The sequences themselves. Raises ValueError that names the first with an empty response."""
+    """The sequences themselves. Raises ValueError where a response is empty (names the first)."""
     empty = np.flatnonzero(sequences.lengths <= sequences.prompt_lengths)
     if len(empty):
         raise ValueError(f"response {empty[0]} is empty")

@@ -1,15 +1,16 @@
-"""The losses of reward models. Scores are float32 logits; labels that are NaN are missing and contribute nothing."""
+"""The losses of reward models. Scores are float32 logits. A label that is NaN is missing and contributes nothing."""
 
 import torch
 import torch.nn.functional as F
 
 
 def by_group(values: torch.Tensor, group: torch.Tensor, fill: float) -> torch.Tensor:
-    """Values laid out by group, in order: [sequence] -> [group, longest], short groups filled up.
+    """Lay out values by group, in order: [sequence] -> [group, longest group].
 
     Args:
         values: [sequence].
-        group: int64 [sequence]; equal numbers belong together.
+        group: int64 [sequence]; values with the same number belong together.
+        fill: what stands behind the members of a shorter group.
     """
     _, row, counts = torch.unique(group, return_inverse=True, return_counts=True)
     order = torch.argsort(row, stable=True)
@@ -23,7 +24,7 @@ def by_group(values: torch.Tensor, group: torch.Tensor, fill: float) -> torch.Te
 def _pairs(
     scores: torch.Tensor, gold: torch.Tensor, group: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Scores and gold as [prompt, sample], and bool [prompt, i, j]: whether i's gold exceeds j's."""
+    """Scores and gold as [prompt, sample], and whether the gold of i exceeds that of j, bool [prompt, i, j]."""
     if group is not None:
         scores, gold = by_group(scores, group, 0.0), by_group(gold, group, float("nan"))
     better = gold[:, :, None] > gold[:, None, :]
@@ -35,20 +36,20 @@ def _pairs(
 def bradley_terry(
     scores: torch.Tensor, gold: torch.Tensor, *, group: torch.Tensor | None = None, margin: float = 0.0
 ) -> torch.Tensor:
-    """``-log sigmoid(score_i - score_j - margin (gold_i - gold_j))``, a mean over all pairs within a prompt in which
-    i's gold exceeds j's.
+    """The negative log-likelihood of comparisons under Bradley and Terry's model (1952), a scalar.
 
-    All pairs among a prompt's responses are used from one forward pass (Ouyang et al. 2022, eq. 1). With a margin, a
-    pair further apart in gold must be further apart in score (Touvron et al. 2023, eq. 2).
+    ``-log sigmoid(score_i - score_j - margin (gold_i - gold_j))``, a mean over all pairs within a prompt in which the
+    gold of i exceeds that of j. All pairs of a prompt are used from one forward pass (Ouyang et al. 2022, eq. 1). With
+    a margin, a pair further apart in gold must be further apart in score (Touvron et al. 2023, eq. 2).
 
     Args:
         scores: float32 [prompt, sample], or [sequence] with ``group``.
         gold: float32, same shape; ties and NaN make no pair.
-        group: int64 [sequence], the prompt of each.
-        margin: in score for each unit of gold.
+        group: int64 [sequence], the prompt of each response.
+        margin: margin in score for each unit of gold.
 
     Raises:
-        ValueError: no pair.
+        ValueError: there is no pair.
     """
     scores, gold, better = _pairs(scores, gold, group)
     difference = scores[:, :, None] - scores[:, None, :]
@@ -58,21 +59,26 @@ def bradley_terry(
 
 
 def centring(scores: torch.Tensor, gold: torch.Tensor, *, group: torch.Tensor | None = None) -> torch.Tensor:
-    """``(score_i + score_j)^2``, a mean over the pairs of `bradley_terry`: its minimum has scores around zero, which
-    comparisons alone leave undetermined (Eisenstein et al. 2023, eq. 2). Arguments as in `bradley_terry`."""
+    """``(score_i + score_j)^2``, a mean over the pairs of `bradley_terry`, with the same arguments.
+
+    It pulls scores towards zero, because comparisons alone do not determine their mean (Eisenstein et al. 2023, eq. 2).
+    """
     scores, _, better = _pairs(scores, gold, group)
     return (scores[:, :, None] + scores[:, None, :])[better].square().mean()
 
 
 def pointwise(scores: torch.Tensor, correct: torch.Tensor) -> torch.Tensor:
-    """Binary cross-entropy of ``sigmoid(score)`` against correctness, a mean over labelled responses.
+    """Binary cross-entropy of ``sigmoid(score)`` against correctness, a mean over labelled responses or steps.
+
+    It is the loss of outcome models that learn from correctness, and of process models, whose scores are read at the
+    ends of steps (Uesato et al. 2022; Lightman et al. 2023, section 2.6).
 
     Args:
         scores: float32, any shape.
-        correct: float32, same shape, 0 or 1; NaN is no label.
+        correct: float32, same shape, 0 or 1; NaN: no label.
 
     Raises:
-        ValueError: no label, or one that is neither 0 nor 1.
+        ValueError: there is no label, or one is neither 0 nor 1.
     """
     labelled = ~torch.isnan(correct)
     labels = correct[labelled].to(scores.dtype)
@@ -81,15 +87,6 @@ def pointwise(scores: torch.Tensor, correct: torch.Tensor) -> torch.Tensor:
     if not ((labels == 0) | (labels == 1)).all():
         raise ValueError("correct: a label is neither 0 nor 1")
     return F.binary_cross_entropy_with_logits(scores[labelled], labels)
-
-
-def process(step_scores: torch.Tensor, step_labels: torch.Tensor) -> torch.Tensor:
-    """Binary cross-entropy of each step's score, read at its end, against whether the step is right; a mean over
-    labelled steps (Lightman et al. 2023, section 2.6).
-
-    Args and errors: as `pointwise`, for steps instead of responses.
-    """
-    return pointwise(step_scores, step_labels)
 
 
 def multitask(
@@ -103,11 +100,11 @@ def multitask(
     margin: float = 0.0,
     centring_weight: float = 0.0,
 ) -> torch.Tensor:
-    """``pairs_weight`` times (`bradley_terry` plus ``centring_weight`` times `centring`) plus ``pointwise_weight``
-    times `pointwise`: one head for comparisons and for correctness labels together.
+    """One loss for comparisons and for correctness labels.
 
-    Hou et al. 2024 (2412.06000) train reward models on both kinds of label; the weighted sum is our reading. A task
-    without labels among these responses, or of weight 0, contributes nothing.
+    It is ``pairs_weight`` times (`bradley_terry` plus ``centring_weight`` times `centring`) plus ``pointwise_weight``
+    times `pointwise`. Hou et al. 2024 (arXiv 2412.06000) train reward models on both kinds of label; the weighted sum
+    is our reading. A task without labels among these responses, or of weight 0, contributes nothing.
 
     Args:
         scores, gold, correct: float32 [prompt, sample], or [sequence] with ``group``.
@@ -129,6 +126,6 @@ def multitask(
 
 
 def has_pairs(gold: torch.Tensor, group: torch.Tensor | None = None) -> bool:
-    """Whether two responses of a prompt have unequal gold."""
+    """Whether two responses of some prompt have unequal gold."""
     gold = gold if group is None else by_group(gold, group, float("nan"))
     return bool((gold[:, :, None] > gold[:, None, :]).any())

@@ -1,8 +1,8 @@
-"""One outcome reward model from three kinds of label: comparisons, right or wrong responses, and right or wrong steps.
+"""An outcome reward model from three kinds of label: comparisons, right or wrong responses, right or wrong steps.
 
-The score of a response is the sum of the head over its tokens. A step's logit is the sum over the step's own tokens,
-so a response's score is the sum of its steps' logits: comparisons and correctness labels teach the sum, step labels its
-parts.
+The score of a response is the sum of the head over its tokens, and the logit of a step is the sum over the step's own
+tokens. So the score of a response is the sum of the logits of its steps. Comparisons and correctness labels train the
+sum, step labels train its parts.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ def train(
     tokens_per_micro_batch: int = scorer.TOKENS_PER_MICRO_BATCH,
     **options: Any,
 ) -> tuple[scorer.Scored, list[dict[str, float]]]:
-    """Train a scorer whose score is read as ``sum`` (see `outcome.OutcomeRewardModel`).
+    """Train a scorer whose readout is ``sum`` (see `outcome.OutcomeRewardModel`).
 
     Args:
         model: a sequence classifier with one output, trained in place.
@@ -62,7 +62,7 @@ def train(
         if isinstance(batch, StepLabelled):
             logits = step_logits(trained, batch.sequences, step_ids, tokens_per_micro_batch)
             labels = process.flat_labels(batch.labels, step_ends(batch.sequences, step_ids).sum(1))
-            return losses.process(logits, torch.from_numpy(labels).to(logits.device)), {"kind": "steps"}
+            return losses.pointwise(logits, torch.from_numpy(labels).to(logits.device)), {"kind": "steps"}
         scores = outcome.sequence_scores(trained, batch.sequences, "sum", tokens_per_micro_batch)
         gold, correct, group = batch.labels(scores.device)
         return losses.multitask(scores, gold, correct, group=group), {"kind": "responses"}
@@ -73,7 +73,7 @@ def train(
 def step_logits(
     model: scorer.Scored, sequences: Sequences, step_ids: Sequence[int], tokens: int = scorer.TOKENS_PER_MICRO_BATCH
 ) -> torch.Tensor:
-    """float32 [step], row by row: the head summed over each step's tokens; a row's sum is its score."""
+    """The head summed over the tokens of each step, float32 [step], row by row; the sum of a row is its score."""
     where, ends = outcome.read_at(sequences, "sum"), step_ends(sequences, step_ids)
     # a response's last token closes its last step, so the count goes on from row to row
     step = np.concatenate([[0], ends[where].cumsum()[:-1]])

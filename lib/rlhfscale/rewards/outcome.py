@@ -1,5 +1,4 @@
-"""The outcome reward model: one score for a whole response, learned from comparisons within a prompt, from correctness
-labels, or from both."""
+"""The outcome reward model: one score for a whole response, learned from comparisons, correctness labels, or both."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -24,17 +23,17 @@ LOSSES = ("pairs", "pointwise", "both")
 
 
 class OutcomeRewardModel(scorer.Scorer):
-    """A reward model, frozen: one scalar for a prompt and its response.
+    """A frozen reward model that gives one score to a prompt and its response.
 
     Args:
-        model: a decoder-only sequence-classification model with one output, with PEFT adapters or without; frozen in
-            place, and its score head made float32.
-        tokenizer: of the model; None takes any sequence's ids for its own.
+        model: a decoder-only sequence-classification model with one output, with or without PEFT adapters. It is frozen
+            in place, and its score head becomes float32.
+        tokenizer: the model's tokenizer. None: the ids of any sequence are taken as the model's own.
         readout: where the score head is read. ``last``: at the last token, which is the end-of-sequence token of a
-            finished response (Ouyang et al. 2022). ``sum``: at every response token, summed; the model is still
-            trained on whole responses only, but a wrong token can be judged where it stands.
-        mean, std: of the scores over training responses, for `normalised`.
-        tokens_per_micro_batch: tokens computed together, padding included; changes the speed only.
+            finished response (Ouyang et al. 2022). ``sum``: at every response token, summed. The model is still trained
+            on whole responses only, but it can judge a wrong token where it stands.
+        options: mean and std of the scores over training responses, for `normalised`; tokens_per_micro_batch, the
+            tokens computed together, which changes the speed only.
     """
 
     _options = ("readout",)
@@ -44,19 +43,17 @@ class OutcomeRewardModel(scorer.Scorer):
         model: scorer.Scored,
         tokenizer: PreTrainedTokenizerBase | None = None,
         readout: str = "last",
-        *,
-        mean: float = 0.0,
-        std: float = 1.0,
-        tokens_per_micro_batch: int = scorer.TOKENS_PER_MICRO_BATCH,
+        **options: Any,
     ):
         self.readout = chosen("readout", readout, READOUTS)
-        super().__init__(model, tokenizer, mean=mean, std=std, tokens_per_micro_batch=tokens_per_micro_batch)
+        super().__init__(model, tokenizer, **options)
 
     @torch.no_grad()
     def score(self, sequences: Sequences) -> np.ndarray:
         """Raw scores, float32 [sequence]; equal sequences are computed once.
 
-        Raises ValueError for an empty response; see `scorer.Scorer.own` for sequences of another tokenizer.
+        Sequences of another tokenizer are encoded again, see `scorer.Scorer.own`. Raises ValueError for an empty
+        response.
         """
         if not len(sequences):
             return np.zeros(0, np.float32)
@@ -69,20 +66,20 @@ class OutcomeRewardModel(scorer.Scorer):
 def sequence_scores(
     model: scorer.Scored, sequences: Sequences, readout: str, tokens: int = scorer.TOKENS_PER_MICRO_BATCH
 ) -> torch.Tensor:
-    """float32 [sequence], differentiable; see `OutcomeRewardModel` for the readout and `scorer.read_head`."""
+    """Differentiable scores, float32 [sequence]. For the readout see `OutcomeRewardModel`; also `scorer.read_head`."""
     where = read_at(sequences, readout)
     return by_sequence(scorer.read(model, sequences, where, tokens), where)
 
 
 def read_at(sequences: Sequences, readout: str) -> np.ndarray:
-    """bool [sequence, length]: where the score head is read."""
+    """The tokens at which the score head is read, bool [sequence, length]."""
     position = np.arange(sequences.ids.shape[1])
     end = sequences.lengths[:, None]
     return (position >= (end - 1 if readout == "last" else sequences.prompt_lengths[:, None])) & (position < end)
 
 
 def by_sequence(read: torch.Tensor, where: np.ndarray) -> torch.Tensor:
-    """float32 [sequence]: what was read at those positions, summed."""
+    """The sum of what was read at the positions ``where`` of each sequence, float32 [sequence]."""
     by_token = read.new_zeros(where.shape)
     by_token[torch.from_numpy(where).to(read.device)] = read
     return by_token.sum(1)
@@ -156,7 +153,7 @@ def _objective(loss: str, margin: float, centring: float, pointwise_weight: floa
 
 
 def _useful(data: Labelled, loss: str) -> np.ndarray:
-    """bool [sequence]: which responses have a label that the loss asks for."""
+    """Which responses have a label that the loss asks for, bool [sequence]."""
     compared, labelled = data.compared(), ~np.isnan(data.correct)
     return {"pairs": compared, "pointwise": labelled, "both": compared | labelled}[loss]
 
@@ -164,10 +161,10 @@ def _useful(data: Labelled, loss: str) -> np.ndarray:
 def batches_of(
     data: Sequence[Labelled], prompts_per_batch: int, loss: str, rng: np.random.Generator
 ) -> Iterator[Labelled]:
-    """One epoch, groups bucketed by their longest sequence and numbered from 0 in each batch.
+    """The batches of one epoch, in random order: groups of similar longest sequence, numbered from 0 in each batch.
 
-    Responses without a label that the loss asks for teach nothing and are left out, e.g. for ``pairs`` those of prompts
-    whose responses all have equal gold.
+    Responses without a label that the loss asks for are left out; for ``pairs`` those of a prompt whose responses all
+    have the same gold.
     """
     epoch = []
     for part in data:

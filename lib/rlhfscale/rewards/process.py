@@ -1,4 +1,7 @@
-"""The process reward model: for each step of a response the probability that it is right, read where the step ends."""
+"""The process reward model: the probability that each step of a response is right, read where the step ends.
+
+Uesato et al. 2022 and Lightman et al. 2023 train such models on labels of steps.
+"""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -18,19 +21,19 @@ AGGREGATES = {"last": lambda p: p[-1], "min": np.min, "product": np.prod}
 
 
 class ProcessRewardModel(scorer.Scorer):
-    """A process reward model, frozen.
+    """A frozen process reward model.
 
     Args:
-        model: a decoder-only sequence-classification model with one output, with PEFT adapters or without; frozen in
-            place, and its score head made float32. The head's output at a step's end is the logit that it is right.
-        tokenizer: of the model; None takes any sequence's ids for its own.
-        step_ids: ids of the tokens that close a step, see `find_step_ids`. The response's last token closes its last
-            step, whichever it is.
-        aggregate: how the probabilities of a response's steps make its score, which is a probability too: that of the
-            ``last`` step, their ``min``, or their ``product`` (Lightman et al. 2023, appendix F, compare the last two;
-            Snell et al. 2024 take the first).
-        mean, std: of the scores over training responses, for `normalised`.
-        tokens_per_micro_batch: tokens computed together, padding included; changes the speed only.
+        model: a decoder-only sequence-classification model with one output, with or without PEFT adapters. It is frozen
+            in place, and its score head becomes float32. The head's output at the end of a step is the logit that the
+            step is right.
+        tokenizer: the model's tokenizer. None: the ids of any sequence are taken as the model's own.
+        step_ids: ids of the tokens that close a step, see `find_step_ids`. The last token of a response always closes
+            its last step.
+        aggregate: how the score of a response follows from the probabilities of its steps: that of the ``last`` step
+            (Snell et al. 2024), their ``min``, or their ``product`` (both in Lightman et al. 2023, appendix F).
+        options: mean and std of the scores over training responses, for `normalised`; tokens_per_micro_batch, the
+            tokens computed together, which changes the speed only.
     """
 
     _options = ("step_ids", "aggregate")
@@ -41,25 +44,23 @@ class ProcessRewardModel(scorer.Scorer):
         tokenizer: PreTrainedTokenizerBase | None,
         step_ids: Sequence[int],
         aggregate: str = "last",
-        *,
-        mean: float = 0.0,
-        std: float = 1.0,
-        tokens_per_micro_batch: int = scorer.TOKENS_PER_MICRO_BATCH,
+        **options: Any,
     ):
         self.aggregate = chosen("aggregate", aggregate, tuple(AGGREGATES))
         self.step_ids = _step_ids(step_ids)
-        super().__init__(model, tokenizer, mean=mean, std=std, tokens_per_micro_batch=tokens_per_micro_batch)
+        super().__init__(model, tokenizer, **options)
 
     def score(self, sequences: Sequences) -> np.ndarray:
-        """The aggregated probability of each response, float32 [sequence] in [0, 1]. Errors as in `step_scores`."""
+        """The aggregated probability of each response, float32 [sequence] in [0, 1]. For errors see `step_scores`."""
         combine = AGGREGATES[self.aggregate]
         return np.array([combine(steps) for steps in self.step_scores(sequences)], np.float32)
 
     @torch.no_grad()
     def step_scores(self, sequences: Sequences) -> list[np.ndarray]:
-        """The probability that each step is right: for each sequence float64 [step], at least one step.
+        """The probability that each step is right: for each sequence float64 [step], with at least one step.
 
-        Raises ValueError for an empty response; see `scorer.Scorer.own` for sequences of another tokenizer.
+        Sequences of another tokenizer are encoded again, see `scorer.Scorer.own`. Raises ValueError for an empty
+        response.
         """
         if not len(sequences):
             return []
@@ -73,10 +74,9 @@ class ProcessRewardModel(scorer.Scorer):
 
 
 def find_step_ids(tokenizer: PreTrainedTokenizerBase, separator: str) -> tuple[int, ...]:
-    """Ids of the tokens whose text holds the separator, e.g. of a newline also the token of two.
+    """Ids of all tokens whose text contains the separator; for a newline also the token of two newlines.
 
-    Raises:
-        ValueError: no token holds it.
+    Raises ValueError where no token contains it.
     """
     ids = sorted(tokenizer.get_vocab().values())
     texts = tokenizer.batch_decode([[index] for index in ids])
@@ -95,7 +95,7 @@ def train(
     tokens_per_micro_batch: int = scorer.TOKENS_PER_MICRO_BATCH,
     **options: Any,
 ) -> tuple[scorer.Scored, list[dict[str, float]]]:
-    """Train a scorer on the labels of steps, see `losses.process`.
+    """Train a scorer on the labels of steps by `losses.pointwise`.
 
     Args:
         model: a sequence classifier with one output, trained in place.
@@ -125,13 +125,13 @@ def train(
         scores = scorer.read(trained, batch.sequences, ends, tokens_per_micro_batch)
         labels = torch.from_numpy(flat_labels(batch.labels, ends.sum(1))).to(scores.device)
         right = ((scores > 0) == (labels > 0.5))[~torch.isnan(labels)]
-        return losses.process(scores, labels), {"accuracy": right.float().mean().item()}
+        return losses.pointwise(scores, labels), {"accuracy": right.float().mean().item()}
 
     return training.run(model, lambda rng: batches_of(data, responses_per_batch, rng), loss_of, **options)
 
 
 def batches_of(data: Sequence[StepLabelled], size: int, rng: np.random.Generator) -> Iterator[StepLabelled]:
-    """One epoch, responses bucketed by length; those without a label are left out."""
+    """The batches of one epoch, in random order: responses of similar length; those without a label are left out."""
     epoch = []
     for part in data:
         part = part[np.flatnonzero(~np.isnan(part.labels).all(1))]
@@ -141,13 +141,14 @@ def batches_of(data: Sequence[StepLabelled], size: int, rng: np.random.Generator
 
 
 def flat_labels(labels: np.ndarray, num_steps: np.ndarray) -> np.ndarray:
-    """float32 [step], the labels of each row's steps in a row; NaN where a row has fewer labels than steps."""
+    """The labels of all steps, row by row, float32 [step]; NaN where a row has fewer labels than steps."""
     width = max(labels.shape[1], int(num_steps.max()))
     labels = np.pad(labels, ((0, 0), (0, width - labels.shape[1])), constant_values=np.nan)
     return labels[np.arange(width) < num_steps[:, None]].astype(np.float32)
 
 
 def check_labels(data: StepLabelled, step_ids: Sequence[int]) -> None:
+    """Raise ValueError for the first response that has labels for more than its steps."""
     num_steps = step_ends(data.sequences, step_ids).sum(1)
     beyond = (~np.isnan(data.labels) & (np.arange(data.labels.shape[1]) >= num_steps[:, None])).any(1)
     if beyond.any():

@@ -1,4 +1,4 @@
-"""A reward model without a model of its own: an adapter on the base that policy, reference and critic share."""
+"""A reward model as one more adapter on the base that policy, reference and critic share."""
 
 import json
 from collections.abc import Iterator
@@ -20,15 +20,17 @@ from rlhfscale.rewards.outcome import by_sequence, read_at
 
 
 class SharedReward:
-    """An outcome reward model whose adapter was trained on the policy's own base: the trainer that is given it reads
-    it on that base, so it costs the memory of its adapter. Scores equal those of `OutcomeRewardModel.load`.
+    """An outcome reward model whose adapter was trained on the policy's own base.
+
+    A trainer puts the adapter on that base, so the reward model needs only the memory of its adapter. Its scores equal
+    those of `OutcomeRewardModel.load`.
 
     Args:
-        folder: what `OutcomeRewardModel.save` wrote of a model with adapters.
+        folder: a folder that `OutcomeRewardModel.save` wrote for a model with adapters.
         tokens_per_micro_batch: tokens computed together, padding included; changes the speed only.
 
     Attributes:
-        mean, std: of the scores over reference responses, as saved.
+        mean, std: mean and standard deviation of the scores over reference responses, as saved.
 
     Raises:
         ValueError: the folder holds no outcome reward model, or one without adapters.
@@ -45,7 +47,7 @@ class SharedReward:
         self._networks: Any = None
 
     def attach(self, networks: Any) -> None:
-        """Put adapter and head on the networks' base.
+        """Put adapter and head on the base of the networks.
 
         Raises:
             ValueError: all weights are trained, so there is no frozen base; the base has another shape than the one
@@ -68,8 +70,8 @@ class SharedReward:
         """Raw scores, float32 [sequence]; equal sequences are computed once.
 
         Raises:
-            ValueError: an empty response, or tokens that are not the base's.
-            RuntimeError: not part of a trainer yet.
+            ValueError: an empty response, or sequences of another tokenizer.
+            RuntimeError: the reward is not part of a trainer yet.
         """
         if self._networks is None:
             raise RuntimeError("SharedReward: give it to a trainer first, whose base it is read on")
@@ -83,9 +85,9 @@ class SharedReward:
         return by_sequence(read, where).cpu().numpy()[inverse]
 
     def calibrate(self, scores: np.ndarray) -> None:
-        """Set the mean and standard deviation of raw scores over reference responses, in the folder too.
+        """Set the mean and standard deviation of raw scores over reference responses, here and in the folder.
 
-        Raises ValueError where all scores are equal: such a model says nothing.
+        Raises ValueError where all scores are equal, because such a model tells no response from another.
         """
         self.mean, self.std = moments(float(scores.mean()), float(scores.std()))
         about, _ = scorer.saved(self.folder)
@@ -97,7 +99,7 @@ class SharedReward:
 
 
 def attach(reward: Any, networks: Any) -> None:
-    """Attach every `SharedReward` that a reward is made of."""
+    """Put every `SharedReward` that a reward consists of on the base of the networks."""
     for part in _parts(reward):
         part.attach(networks)
 

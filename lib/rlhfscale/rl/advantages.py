@@ -1,4 +1,4 @@
-"""Advantages from rewards. Tensors over tokens are float32 [batch, response], ``mask`` is bool, response tokens."""
+"""Advantages from rewards. Tensors over tokens are float32 [batch, response]; ``mask`` marks the response tokens."""
 
 import torch
 
@@ -12,7 +12,7 @@ def gae(
     response token; ``values[:, t]`` is V of the state in which token t is chosen.
 
     Returns:
-        advantages, and returns ``A + V``; both 0 outside the mask.
+        advantages, and returns ``A + V``; both are 0 outside the mask.
     """
     rewards, values = rewards * mask, values * mask
     advantages = torch.zeros_like(rewards)
@@ -26,15 +26,18 @@ def gae(
 
 
 def group_relative(rewards: torch.Tensor, group_size: int, *, scale: bool = True) -> torch.Tensor:
-    """``A_i = (r_i - mean of the group)``, divided by the group's standard deviation if ``scale`` (Shao et al. 2024,
-    eq. 3).
+    """``A_i = r_i - mean of the group``, divided by the group's standard deviation if ``scale`` (Shao et al. 2024,
+    section 4.1.2).
 
     Args:
-        rewards: float32 [batch], the responses to one prompt in a row.
-        group_size: responses to each prompt, at least 2.
+        rewards: float32 [batch]; the responses to one prompt stand in a row.
+        group_size: number of responses to each prompt, at least 2.
+
+    Returns:
+        float32 [batch].
 
     Raises:
-        ValueError: a group of one, or a batch that is not whole groups.
+        ValueError: a group of one, or a batch that does not consist of whole groups.
     """
     groups = _groups(rewards, group_size)
     advantages = groups - groups.mean(1, keepdim=True)
@@ -46,7 +49,7 @@ def group_relative(rewards: torch.Tensor, group_size: int, *, scale: bool = True
 def leave_one_out(rewards: torch.Tensor, group_size: int) -> torch.Tensor:
     """``A_i = r_i - mean of the group's other rewards`` (Kool et al. 2019; Ahmadian et al. 2024, eq. 8).
 
-    Arguments and errors as `group_relative`.
+    Arguments, result and errors are those of `group_relative`.
     """
     groups = _groups(rewards, group_size)
     others = (groups.sum(1, keepdim=True) - groups) / (group_size - 1)
@@ -62,7 +65,7 @@ def _groups(rewards: torch.Tensor, group_size: int) -> torch.Tensor:
 
 
 def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean over the marked tokens of the whole batch."""
+    """Mean over the marked tokens of the whole batch, a scalar."""
     return (x * mask).sum() / mask.sum()
 
 

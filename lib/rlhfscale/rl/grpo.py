@@ -50,8 +50,9 @@ class GRPO(Trainer):
         return self.descend(replace(batch, weights=weights), evaluated, num_tokens=int(batch.mask.sum()))
 
     def loss(self, batch: Rollouts, now: Evaluation, num_tokens: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The loss of a part of a minibatch, weighted by ``batch.weights``, and its terms; all terms but the loss are
-        this part's share of a mean over the ``num_tokens`` response tokens of the minibatch."""
+        """The loss of a part of a minibatch, ``-min(ratio A, clip(ratio) A) + beta k3`` (Shao et al. 2024, eq. 3) less
+        the entropy bonus, weighted by ``batch.weights``; and its terms, of which all but the loss are this part's share
+        of a mean over the ``num_tokens`` response tokens of the minibatch."""
         ratio = torch.exp(now.logprobs - batch.logprobs)
         policy_loss, clipped = clipped_surrogate(ratio, batch.advantages, self.config.clip)
         policy_loss = policy_loss + self.kl_coefficient * kl_terms(now.logprobs, batch.ref_logprobs, "k3")

@@ -9,19 +9,20 @@ With ``logr = ref_logprobs - logprobs`` and ``r = exp(logr) = ref / policy``:
 
 import torch
 
-ESTIMATORS = ("k1", "k2", "k3")
-
 
 def kl_terms(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, estimator: str = "k1") -> torch.Tensor:
     """Per-token estimates in nats of KL(policy || reference), tokens having been drawn from the policy.
 
     Args:
-        logprobs: float32 [batch, response], of the sampled tokens under the policy.
-        ref_logprobs: float32 [batch, response], under the reference.
+        logprobs: float32 [batch, response], log-probabilities of the sampled tokens under the policy.
+        ref_logprobs: float32 [batch, response], the same under the reference.
         estimator: "k1", "k2" or "k3".
 
     Returns:
-        float32 [batch, response], to be masked by the caller.
+        float32 [batch, response]; the caller masks it.
+
+    Raises:
+        ValueError: an unknown estimator.
     """
     logr = ref_logprobs - logprobs
     if estimator == "k1":
@@ -30,11 +31,11 @@ def kl_terms(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, estimator: str 
         return logr.square() / 2
     if estimator == "k3":
         return torch.expm1(logr) - logr
-    raise ValueError(f"estimator: {estimator!r} is not one of {', '.join(ESTIMATORS)}")
+    raise ValueError(f"estimator: {estimator!r} is not one of k1, k2, k3")
 
 
 def sequence_kl(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """float32 [batch]: the k1 estimate of each sequence, summed over its response tokens (``mask`` bool)."""
+    """KL(policy || reference) of each response in nats, float32 [batch]: k1, summed over the tokens in ``mask``."""
     return (kl_terms(logprobs, ref_logprobs, "k1") * mask).sum(1)
 
 
@@ -44,7 +45,10 @@ def adapted(coefficient: float, kl_nats: float, target: float | None, num_rollou
     ``beta' = beta (1 + clip(KL / target - 1, -0.2, 0.2) num_rollouts / horizon)``; unchanged without a target.
 
     Args:
-        kl_nats: KL(policy || reference) of a response, mean over the update.
+        coefficient: beta now.
+        kl_nats: KL(policy || reference) of a response, a mean over the update.
+        num_rollouts: number of responses in the update.
+        horizon: number of responses over which beta moves.
     """
     if target is None:
         return coefficient

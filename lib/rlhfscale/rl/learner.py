@@ -1,5 +1,4 @@
-"""The optimiser's side of a trainer: learning rates, clipping, guards against numbers that are not finite, and
-saving."""
+"""The optimiser of a trainer, with clipped gradients and a check that numbers are finite; and its checkpoints."""
 
 import json
 import shutil
@@ -19,17 +18,18 @@ STATE = "state.json"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that does not belong to this run; the message names the folder and what differs."""
+    """A checkpoint is missing or belongs to another run; the message names the folder and what differs."""
 
 
 class Learner:
     """AdamW over named groups of parameters, each with its own learning rate and its own clipped gradient norm.
 
     Args:
-        networks: see `networks`.
+        networks: the networks that are trained (see `networks`).
         rates: learning rate of each role, such as ``{"policy": 1e-4, "critic": 1e-3}``.
-        warmup_updates: updates over which rates rise linearly.
-        weight_decay, max_grad_norm: of every group.
+        warmup_updates: number of updates over which the rates rise linearly.
+        weight_decay: weight decay of every group.
+        max_grad_norm: the gradient of each group is clipped to this norm.
     """
 
     def __init__(
@@ -48,15 +48,16 @@ class Learner:
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
 
     def set_rates(self, update: int) -> None:
+        """Set the learning rates of an update (from 0), which rise linearly during the warm-up."""
         factor = min(1.0, (update + 1) / self.warmup_updates) if self.warmup_updates else 1.0
         for group, rate in zip(self.optimizer.param_groups, self.rates.values(), strict=True):
             group["lr"] = factor * rate
 
     @contextmanager
     def step(self, update: int) -> Iterator[dict[str, float]]:
-        """One optimiser step on the gradients that the block accumulates; yields a record of the step.
+        """Take one optimiser step on the gradients that the ``with`` block accumulates; yields a record of the step.
 
-        The block adds its losses to the record. Before anything moves, gradients are clipped and checked.
+        The block adds its losses to the record. Gradients are then clipped and checked before any weight moves.
 
         Raises:
             Diverged: a recorded loss or a gradient norm is not finite (names the update).
@@ -75,7 +76,7 @@ class Learner:
             torch.autograd.graph.increment_version(parameters)
 
     def save(self, folder: Path, state: dict) -> None:
-        """Write networks, optimiser and ``state`` so that a killed process leaves the old checkpoint or the new one."""
+        """Write networks, optimiser and ``state``; a process killed meanwhile leaves the old or the new checkpoint."""
         temporary = folder.with_name(folder.name + ".tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -96,10 +97,10 @@ class Learner:
         shutil.rmtree(old, ignore_errors=True)
 
     def load(self, folder: Path, expected: dict) -> dict:
-        """Read back what `save` wrote and return its state.
+        """Read back a checkpoint that `save` wrote, and return its state.
 
         Raises:
-            CheckpointError: no checkpoint, one of another model, or one whose state differs from ``expected``.
+            CheckpointError: there is no checkpoint, it is another model's, or its state differs from ``expected``.
         """
         folder = latest(folder)
         state = json.loads((folder / STATE).read_text())
@@ -120,13 +121,15 @@ class Learner:
 
 
 def exists(folder: Path) -> bool:
-    """Whether a checkpoint can be read there."""
+    """Whether a checkpoint can be read from a folder."""
     return any((candidate / STATE).is_file() for candidate in _candidates(folder))
 
 
 def spread(folder: Path) -> bool:
-    """Whether the first process has a checkpoint there; the other processes have the same one then, written into their
-    folders where these are others."""
+    """Whether the first process has a checkpoint in a folder; if so, the other processes get a copy of it.
+
+    Processes of other machines may have another file system: the copy is written into their folder of that name.
+    """
     found = {}
     if parallel.rank() == 0 and exists(folder):
         source = latest(folder)
@@ -147,7 +150,7 @@ def spread(folder: Path) -> bool:
 
 
 def latest(folder: Path) -> Path:
-    """The checkpoint's folder; its predecessor where the process was killed between two renames."""
+    """The folder of the newest whole checkpoint: the one before, where a process was killed between two renames."""
     for candidate in _candidates(folder):
         if (candidate / STATE).is_file():
             return candidate

@@ -55,7 +55,7 @@ class PPO(Trainer):
     algorithm, config_type = "ppo", PPOConfig
 
     def estimate_advantages(self, rollouts: Rollouts) -> Rollouts:
-        """Rewards at tokens, then advantages, whitened over response tokens, and returns."""
+        """Rewards of tokens, then advantages by GAE, whitened over response tokens, and returns."""
         config, scores = self.config, rollouts.scores
         if config.whiten_rewards:
             spread = scores.std(correction=min(1, len(scores) - 1))
@@ -71,7 +71,11 @@ class PPO(Trainer):
         return self.descend(replace(batch, weights=token_weights(batch.mask)), evaluated)
 
     def loss(self, batch: Rollouts, now: Evaluation) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The loss of a part of a minibatch, and its terms: sums over tokens, weighted by ``batch.weights``."""
+        """The loss of a part of a minibatch, and its terms: sums over tokens, weighted by ``batch.weights``.
+
+        ``-min(ratio A, clip(ratio) A) + c max((V - R)^2, (clip(V) - R)^2) / 2 - entropy bonus`` (Schulman et al. 2017,
+        eq. 9, with clipped values).
+        """
         config = self.config
         ratio = torch.exp(now.logprobs - batch.logprobs)
         policy_loss, clipped = clipped_surrogate(ratio, batch.advantages, config.clip)

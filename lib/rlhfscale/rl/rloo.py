@@ -39,7 +39,8 @@ class RLOO(Trainer):
         return self.descend(replace(batch, weights=batch.mask / len(batch)), evaluated)
 
     def loss(self, batch: Rollouts, now: Evaluation) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The loss of a part of a minibatch, and its terms: sums over responses, each weighted by 1 / minibatch."""
+        """The loss of a part of a minibatch, ``-min(ratio A, clip(ratio) A)`` with the ratio of whole responses, less
+        the entropy bonus; and its terms: sums over responses, each weighted by 1 / minibatch size."""
         log_ratio = ((now.logprobs - batch.logprobs) * batch.mask).sum(1)
         loss, clipped = clipped_surrogate(torch.exp(log_ratio), batch.advantages[:, 0], self.config.clip)
         by_response, tokens = batch.weights[:, 0], batch.mask.sum(1)

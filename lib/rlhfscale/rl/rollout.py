@@ -1,4 +1,4 @@
-"""Roll-outs: sampled responses with everything a trainer needs to learn from them."""
+"""Roll-outs: sampled responses with all that a trainer learns from, and their evaluation under the networks."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,21 +17,21 @@ Prompt = str | Sequence[int] | Sequence[dict[str, str]]
 
 @dataclass(frozen=True)
 class Rollouts:
-    """A batch of responses. Tensors over tokens are [batch, response]; column t is the response's token t.
+    """A batch of responses. Tensors over tokens are [batch, response]; column t is token t of the response.
 
     Attributes:
         ids: int64 [batch, length], prompt and response joined, padded on the right.
-        prompt_lengths: int64 [batch].
-        lengths: int64 [batch], prompt and response.
-        mask: bool [batch, response], response tokens, end-of-sequence included.
-        finished: bool [batch].
-        scores: float32 [batch], the reward of the whole response, penalty for no end included.
-        sampler_logprobs: float32, as the sampler states them; a diagnostic.
-        logprobs: float32, of the policy that sampled, at the sampling temperature, recomputed by the trainer.
-        ref_logprobs: float32, of the reference.
+        prompt_lengths: int64 [batch], tokens of each prompt.
+        lengths: int64 [batch], tokens of prompt and response together.
+        mask: bool [batch, response], the response tokens, end-of-sequence included.
+        finished: bool [batch], whether the response ended by end-of-sequence.
+        scores: float32 [batch], the reward of the whole response, less the penalty for a missing end.
+        sampler_logprobs: float32, the sampler's log-probabilities; a diagnostic only.
+        logprobs: float32, log-probabilities under the policy that sampled, computed by the trainer at the temperature.
+        ref_logprobs: float32, log-probabilities under the reference.
         values: float32, the critic's estimate before each token; 0 without a critic.
-        advantages, returns: float32, to learn from; 0 until the trainer has estimated them.
-        weights: float32, what each token counts in the loss of its step; sums to 1 over the step.
+        advantages, returns: float32; 0 until the trainer has estimated them.
+        weights: float32, how much each token counts in the loss of its step; they sum to 1 over the step.
     """
 
     ids: torch.Tensor
@@ -60,7 +60,7 @@ class Rollouts:
         return Rollouts(**taken | {name: taken[name][:, :response] for name in taken.keys() - not_by_token})
 
     def passes(self, max_tokens: int) -> Iterator["Rollouts"]:
-        """All roll-outs, in parts of similar length of at most ``max_tokens`` tokens, padding included."""
+        """All roll-outs, in parts of similar length with at most ``max_tokens`` tokens, padding included."""
         if self.ids.numel() <= max_tokens:
             yield self
         else:
@@ -73,14 +73,16 @@ class Rollouts:
 
     @property
     def sampler_gap(self) -> float:
-        """The largest of them in size."""
+        """The largest absolute value of `sampler_gaps`, in nats."""
         return self.sampler_gaps.abs().max().item()
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What the networks say of roll-outs now; float32 [batch, response], 0 outside the mask. ``values`` is None where
-    no critic was asked."""
+    """Log-probabilities, entropies and values of roll-outs under the networks as they are now.
+
+    Each is float32 [batch, response], and 0 outside the mask; ``values`` is None where no critic was evaluated.
+    """
 
     logprobs: torch.Tensor
     entropy: torch.Tensor
@@ -88,9 +90,10 @@ class Evaluation:
 
 
 def evaluate(networks, batch: Rollouts, role: str, temperature: float, *, entropy_gradient=False) -> Evaluation:
-    """Log-probabilities and entropies of the response tokens under a role, and values where that role carries them.
+    """Evaluate the response tokens under a role: log-probabilities, entropies, and values if the role carries them.
 
     Token t of a response is predicted at position ``prompt_length - 1 + t``; the heads run on these positions only.
+    Entropies have a gradient only with ``entropy_gradient``.
     """
     rows = parallel.own(len(batch)).to(batch.ids.device)
     states, tokens = _own_states(networks, batch, role, rows)
@@ -101,14 +104,14 @@ def evaluate(networks, batch: Rollouts, role: str, temperature: float, *, entrop
 
 
 def evaluate_values(networks, batch: Rollouts) -> torch.Tensor:
-    """The values alone, of a critic with a trunk of its own: float32 [batch, response]."""
+    """Values of a critic with a trunk of its own: float32 [batch, response]."""
     rows = parallel.own(len(batch)).to(batch.ids.device)
     states, _ = _own_states(networks, batch, networks.critic_role, rows)
     return _of_batch(networks.value_head(states), batch.mask, rows)
 
 
 def _own_states(networks, batch: Rollouts, role: str, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """This process's roll-outs alone: the states [token, width] that predict their response tokens, and those."""
+    """The hidden states [token, width] that predict the response tokens of this process's rows, and these tokens."""
     batch = batch[rows] if len(rows) < len(batch) else batch
     response, before = response_tokens(batch.ids, batch.prompt_lengths, batch.lengths)
     states = networks.hidden_at(batch.ids, before, role, batch.prompt_lengths, batch.lengths)
@@ -116,14 +119,13 @@ def _own_states(networks, batch: Rollouts, role: str, rows: torch.Tensor) -> tup
 
 
 def _of_batch(tokens: torch.Tensor, mask: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """[batch, response] of all processes, from what stands in a row for the response tokens of this one's rows."""
+    """[batch, response] of all processes, from one number [token] for each response token of this process's rows."""
     own = mask[rows]
     return parallel.whole(tokens.new_zeros(own.shape).masked_scatter(own, tokens), rows, len(mask))
 
 
 def split(lengths: torch.Tensor, max_tokens: int) -> Iterator[torch.Tensor]:
-    """Indices of sequences of similar length, each part of at most ``max_tokens`` with its padding (or one
-    sequence)."""
+    """Indices of parts of similar length: at most ``max_tokens`` tokens with padding in each, or one sequence."""
     for index in packing.cut(lengths.cpu().numpy(), max_tokens):
         yield torch.from_numpy(index).to(lengths.device)
 
@@ -131,39 +133,23 @@ def split(lengths: torch.Tensor, max_tokens: int) -> Iterator[torch.Tensor]:
 Read = Callable[[Rollouts], Evaluation]
 
 
-def evaluate_all(read: Read, rollouts: Rollouts, max_tokens: int) -> Evaluation:
-    """``read`` without gradients over all roll-outs, in passes of at most ``max_tokens`` tokens."""
-    return _filled(read, rollouts, max_tokens, [], torch.arange(len(rollouts)))
-
-
-def evaluate_before_training(
-    read: Read, rollouts: Rollouts, max_tokens: int, first: torch.Tensor
-) -> tuple[Evaluation, Evaluation | None]:
-    """As `evaluate_all`; and the evaluation with gradients of the first minibatch, which its step would compute again.
-
-    Args:
-        first: int64 [minibatch], the roll-outs of the first step.
-
-    Returns:
-        the evaluation of all, without gradients; that of the first minibatch, or None where it takes several passes.
-    """
-    batch = rollouts[first]
-    if batch.ids.numel() > max_tokens:
-        return evaluate_all(read, rollouts, max_tokens), None
-    now = read(batch)
-    others = torch.ones(len(rollouts), dtype=torch.bool)
-    others[first.cpu()] = False
-    return _filled(read, rollouts, max_tokens, [(first, now)], others.nonzero()[:, 0]), now
-
-
 @torch.no_grad()
-def _filled(read: Read, rollouts: Rollouts, max_tokens: int, done: list, rest: torch.Tensor) -> Evaluation:
-    """The evaluations ``done``, (roll-outs, evaluation) each, and those of the ``rest``, as one."""
-    rest = rest.to(rollouts.lengths.device)
+def evaluate_all(
+    read: Read, rollouts: Rollouts, max_tokens: int, known: tuple[torch.Tensor, Evaluation] | None = None
+) -> Evaluation:
+    """Evaluate all roll-outs by ``read``, without gradients, in passes of at most ``max_tokens`` tokens.
+
+    ``known`` may give some of them: their index (int64 [minibatch]) and their evaluation.
+    """
+    parts = [known] if known else []
+    left = torch.ones(len(rollouts), dtype=torch.bool)
+    if known:
+        left[known[0].cpu()] = False
+    rest = left.nonzero()[:, 0].to(rollouts.lengths.device)
     for part in split(rollouts.lengths[rest], max_tokens) if len(rest) else ():
-        done.append((rest[part], read(rollouts[rest[part]])))
+        parts.append((rest[part], read(rollouts[rest[part]])))
     found: dict[str, torch.Tensor] = {}
-    for index, evaluation in done:
+    for index, evaluation in parts:
         for name, tensor in vars(evaluation).items():
             if tensor is not None:
                 whole = found.setdefault(name, tensor.new_zeros(rollouts.mask.shape))
@@ -171,32 +157,51 @@ def _filled(read: Read, rollouts: Rollouts, max_tokens: int, done: list, rest: t
     return Evaluation(found["logprobs"], found["entropy"], found.get("values"))
 
 
+def evaluate_before_training(
+    read: Read, rollouts: Rollouts, max_tokens: int, first: torch.Tensor
+) -> tuple[Evaluation, Evaluation | None]:
+    """Evaluate all roll-outs, and keep the evaluation that the first step needs: its networks are still the same.
+
+    Args:
+        first: int64 [minibatch], the roll-outs of the first step.
+
+    Returns:
+        the evaluation of all, without gradients; and that of the first minibatch with gradients, or None where it takes
+        several passes.
+    """
+    batch = rollouts[first]
+    if batch.ids.numel() > max_tokens:
+        return evaluate_all(read, rollouts, max_tokens), None
+    now = read(batch)
+    return evaluate_all(read, rollouts, max_tokens, (first, now)), now
+
+
 def encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[list[int]]:
-    """Token ids of each prompt: text is tokenised, a conversation goes through the chat template, ids stay."""
-    return [_encode(tokenizer, prompt) for prompt in prompts]
+    """Token ids of each prompt: a text is tokenised, a conversation goes through the chat template, ids stay."""
 
+    def ids(prompt: Prompt) -> Sequence[int]:
+        if isinstance(prompt, str):
+            return tokenizer(prompt)["input_ids"]
+        if len(prompt) and isinstance(prompt[0], dict):
+            return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+        return prompt
 
-def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
-    if isinstance(prompt, str):
-        return list(tokenizer(prompt)["input_ids"])
-    if len(prompt) and isinstance(prompt[0], dict):
-        return list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"])
-    return [int(token) for token in prompt]
+    return [[int(token) for token in ids(prompt)] for prompt in prompts]
 
 
 def joined(prompts: Sequence[Sequence[int]], completions: Completions, tokenizer: PreTrainedTokenizerBase) -> Sequences:
-    """Prompts and sampled responses side by side."""
+    """Each prompt joined with its sampled response."""
     width = int(completions.lengths.max())
     rows = [ids[:length] for ids, length in zip(completions.ids[:, :width], completions.lengths, strict=True)]
     return Sequences.join(prompts, rows, completions.finished, tokenizer)
 
 
 def from_sequences(sequences: Sequences, completions: Completions, device: torch.device) -> Rollouts:
-    """Tensors of sampled sequences, with log-probabilities, values and scores still to be filled in."""
+    """Roll-outs of sampled sequences on a device; log-probabilities, values and scores are still 0."""
     responses = torch.from_numpy(completions.lengths)
     width = int(responses.max())
     mask = torch.arange(width) < responses[:, None]
-    empty = torch.zeros(mask.shape)
+    empty = ("logprobs", "ref_logprobs", "values", "advantages", "returns", "weights")
     batch = Rollouts(
         ids=torch.from_numpy(sequences.ids),
         prompt_lengths=torch.from_numpy(sequences.prompt_lengths),
@@ -205,18 +210,13 @@ def from_sequences(sequences: Sequences, completions: Completions, device: torch
         finished=torch.from_numpy(sequences.finished),
         scores=torch.zeros(len(sequences)),
         sampler_logprobs=torch.from_numpy(completions.logprobs[:, :width].copy()),
-        logprobs=empty,
-        ref_logprobs=empty,
-        values=empty,
-        advantages=empty,
-        returns=empty,
-        weights=empty,
+        **dict.fromkeys(empty, torch.zeros(mask.shape)),
     )
     return Rollouts(**{name: tensor.to(device) for name, tensor in vars(batch).items()})
 
 
 def token_rewards(rollouts: Rollouts, scores: torch.Tensor, kl: torch.Tensor, kl_coefficient: float) -> torch.Tensor:
-    """``r_t = -beta KL_t``, plus the score at the response's last token: float32 [batch, response].
+    """Rewards of tokens, float32 [batch, response]: ``r_t = -beta KL_t``, plus the score at the last response token.
 
     The last token of a finished response is its end-of-sequence token, so the score lands there, never on padding.
 

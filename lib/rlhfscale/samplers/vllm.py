@@ -102,7 +102,8 @@ class VLLM:
             raise ValueError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
         if max_lora_rank is not None and max_lora_rank not in RANKS:
             raise ValueError(f"max_lora_rank: {max_lora_rank} is not one that vLLM allows: {_listed(RANKS)}")
-        require()
+        if not available():
+            raise NotInstalled("vllm is not installed; make setup EXTRAS=vllm")
         adapters = {"enable_lora": True, "max_loras": 1, "max_lora_rank": max_lora_rank} if max_lora_rank else {}
         self._options = {
             "model": str(model),
@@ -333,14 +334,8 @@ def available() -> bool:
     return importlib.util.find_spec("vllm") is not None
 
 
-def require() -> None:
-    """Raise NotInstalled where vLLM is missing."""
-    if not available():
-        raise NotInstalled("vllm is not installed; make setup EXTRAS=vllm")
-
-
 def environment(threads: int | None, kv_cache_gib: int) -> dict[str, str]:
-    """The environment of an engine's process: threads are not bound to cores, and vLLM logs little and reports nothing."""
+    """The environment of an engine's process: threads are not bound to cores, little is logged and nothing reported."""
     threads = threads or int(os.environ.get("OMP_NUM_THREADS", 0)) or os.cpu_count()
     inherited = {name: value for name, value in os.environ.items() if not LAUNCHERS.match(name)}
     return inherited | {
