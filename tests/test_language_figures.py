@@ -12,11 +12,9 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 import tiny_chat
-from rlhfscale.models import checkpoints
 from rlhfscale.chat import specs as chat_specs
 from rlhfscale.chat import stages as chat_stages
 from rlhfscale.chat.answers import Answers
-from rlhfscale.models.checkpoints import Checkpoint
 from rlhfscale.chat.recipe import CheckpointRecipe
 from rlhfscale.claims import c01_policy_size as c01
 from rlhfscale.claims import c02_reward_model_size as c02
@@ -26,11 +24,14 @@ from rlhfscale.claims import c05_responses_per_prompt as c05
 from rlhfscale.claims import c06_best_of_n as c06
 from rlhfscale.claims import c09_algorithms as c09
 from rlhfscale.claims import learning_rates, real_model
+from rlhfscale.models import checkpoints
+from rlhfscale.models.checkpoints import Checkpoint
 from rlhfscale.models.shapes import Shape
 from rlhfscale.runs import grid, worker
 from rlhfscale.runs.pool import Outcome, Pool
 from rlhfscale.runs.store import Store
 from rlhfscale.study import artifacts, params, recipes
+from rlhfscale.study.results import ResultsFolder
 
 pytest.importorskip("reasoning_gym", reason="make setup EXTRAS=smollm2")
 
@@ -157,7 +158,8 @@ def test_c1_policies_of_both_sizes_against_a_reward_model_of_either(project):
     assert found.loc["gain", "num_params"].tolist() == [shape(16).num_params, shape(32).num_params]
     assert len(c01.training_metrics(P, made)) == 2 * 2 * RECIPE["ppo_updates"]
     assert c01.draw(tables.runs, tables.summary)
-    assert tables.save(P, {}, made, 1.0).parent.name == "tiny"  # a tier's own parameters
+    assert "summary.csv" in tables.save(P, {}, made, 1.0)
+    assert ResultsFolder(P.figure, tier="tiny").path.joinpath("summary.csv").is_file()  # a tier's own parameters
 
 
 def test_c2_reward_models_of_both_sizes_judge_one_policy(project):

@@ -39,7 +39,7 @@ def execute(sources):
 
 def test_the_numbers_by_hand_are_those_of_the_library(cells):
     sources = code_before_the_live_run(cells)
-    assert sum(text.count("assert same(") for text in sources) >= 15
+    assert sum(text.count("assert walkthrough.same(") for text in sources) >= 15
     found = execute(sources)
     assert found["advantages_1"] == [0.4375, 0.375]
     assert found["rollouts"].finished.tolist() == [True, True, True, False]
