@@ -12,12 +12,11 @@ from pathlib import Path
 
 import torch
 
-from rlhfscale.models import checkpoints
 from rlhfscale.chat import specs as chat_specs
 from rlhfscale.chat import stages as chat_stages
-from rlhfscale.models.checkpoints import Checkpoint
 from rlhfscale.chat.recipe import CheckpointRecipe
-from rlhfscale.models import loading, parallel
+from rlhfscale.models import checkpoints, loading, parallel
+from rlhfscale.models.checkpoints import Checkpoint
 from rlhfscale.runs.spec import Spec
 from test_language_figures import RECIPE, SHAPES, shape
 

@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from rlhfscale.evals import alpaca_eval, arena_hard, mt_bench, verifiers
+from rlhfscale.evals import alpaca_eval, arena_hard, logistic, mt_bench, verifiers
 
 COLUMNS = ("bench", "model", "metric", "expected", "kind", "abs_tol")
 WIN_RATES = ("win_rate", "standard_error", "discrete_win_rate", "n_wins", "n_wins_base", "n_draws", "n_total")
@@ -86,7 +86,7 @@ class Data:
         return table["instruction_difficulty"].to_numpy()
 
     @cached_property
-    def gamed(self) -> alpaca_eval.Rows:
+    def gamed(self) -> logistic.Rows:
         name = "alpaca_eval2/df_gamed_surrogate.csv.gz"
         columns = ("preference", "std_delta_len", "instruction_difficulty")
         table = self.columns(name, *columns)

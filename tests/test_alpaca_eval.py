@@ -7,8 +7,9 @@ import pytest
 from scipy.optimize import minimize
 from scipy.special import expit
 
-from rlhfscale.evals import alpaca_eval
-from rlhfscale.evals.alpaca_eval import Annotations, Rows
+from rlhfscale.evals import alpaca_eval, logistic
+from rlhfscale.evals.alpaca_eval import Annotations
+from rlhfscale.evals.logistic import Rows
 
 RNG = np.random.default_rng
 
@@ -83,7 +84,7 @@ def test_the_fit_is_the_optimum(C):
         z = features @ w
         return np.abs(w).sum() + C * (rows.weight * (np.logaddexp(0, z) - rows.target * z)).sum()
 
-    weights = alpaca_eval.fit(rows, C, tolerance=1e-10)
+    weights = logistic.fit(rows, C, tolerance=1e-10)
     tries = [minimize(objective, start, method="Nelder-Mead", options={"xatol": 1e-9, "fatol": 1e-13, "maxiter": 4000})
              for start in (weights, np.zeros(3), rng.normal(size=3))]  # fmt: skip
     assert objective(weights) <= min(found.fun for found in tries) + 1e-9
@@ -96,7 +97,7 @@ def test_the_fit_stops_where_liblinear_stops():
     rng = RNG(5)
     features = np.column_stack([np.tanh(rng.normal(size=40)), rng.normal(size=40), np.ones(40)])
     rows = Rows(features, rng.random(40), np.ones(40))
-    assert alpaca_eval.fit(rows, 2.782559402207126) == pytest.approx(LIBLINEAR, abs=1e-12)
+    assert logistic.fit(rows, 2.782559402207126) == pytest.approx(LIBLINEAR, abs=1e-12)
 
 
 LIBLINEAR = [-0.23399845715903075, 0.037636704615985214, -0.026998855951022485]
@@ -111,7 +112,7 @@ def test_doubling_rows_equals_a_soft_target():
         np.repeat([1.0, 0.0], 50),
         np.concatenate([soft.target, 1 - soft.target]),
     )
-    assert alpaca_eval.fit(soft, 2.0, tolerance=1e-10) == pytest.approx(alpaca_eval.fit(doubled, 2.0, tolerance=1e-10))
+    assert logistic.fit(soft, 2.0, tolerance=1e-10) == pytest.approx(logistic.fit(doubled, 2.0, tolerance=1e-10))
 
 
 def test_the_planted_win_rate_is_recovered_and_the_length_bias_is_taken_out():
@@ -160,7 +161,7 @@ def test_C_is_chosen_by_held_out_loss():
     losses = []
     for C in alpaca_eval.CS:
         held_out = [
-            np.mean(rows.weight[folds == k] * alpaca_eval._loss(rows[folds == k], alpaca_eval.fit(rows[folds != k], C)))
+            np.mean(rows.weight[folds == k] * logistic.loss(rows[folds == k], logistic.fit(rows[folds != k], C)))
             for k in range(5)
         ]
         losses.append(np.mean(held_out))

@@ -13,9 +13,10 @@ from typer.testing import CliRunner
 import tiny_chat
 from judge_server import MODEL, JudgeServer
 from rlhfscale.cli import app
-from rlhfscale.evals import alpaca_eval, benchmarks, evaluate, sources
+from rlhfscale.evals import alpaca_eval, benchmarks, evaluate, mt_judged, sources
 from rlhfscale.evals.benchmarks import Ask
-from rlhfscale.evals.judge import Cache, Reply, Scorer, TooManyMissing
+from rlhfscale.evals.judge import Cache, Reply, TooManyMissing
+from rlhfscale.evals.local_judges import Scorer
 from rlhfscale.evals.mt_bench import Question
 
 
@@ -220,13 +221,13 @@ def test_a_reward_judges_pairs_but_gives_no_scores(tmp_path):
     prompts = sources.mt_bench_prompts(tiny_chat.mt_bench(tmp_path / "data"))
     ask = Ask(longer, Cache(tmp_path))
     first, second = [["long answer", "x"], ["aa", "b"]], [["short", "x"], ["a", "bbb"]]
-    pairs = benchmarks.mt_pairs(questions, prompts, first, second, ask)
+    pairs = mt_judged.mt_pairs(questions, prompts, first, second, ask)
     assert pairs["winner"].tolist() == ["model_1", "tie", "model_1", "model_2"]
     with pytest.raises(RuntimeError, match="pairs only"):
-        benchmarks.mt_single(questions, prompts, first, ask)
+        mt_judged.mt_single(questions, prompts, first, ask)
     silent = Scorer(lambda _: None, name="silent", revision="1")
     with pytest.raises(TooManyMissing, match="4 of 4 .* 4 x no finite score"):
-        benchmarks.mt_pairs(questions, prompts, first, second, Ask(silent, Cache(tmp_path)))
+        mt_judged.mt_pairs(questions, prompts, first, second, Ask(silent, Cache(tmp_path)))
 
 
 def test_an_answer_cannot_fill_in_the_prompt():
@@ -272,8 +273,8 @@ def test_the_packages_questions_where_it_is_installed():
     assert len(questions) == 80 and {q.question_id for q in questions} == set(range(81, 161))
     for question in questions:
         for turn in (1, 2):
-            benchmarks.mt_bench.single_prompt(prompts, question, turn, ["x", "y"])
-            benchmarks.mt_bench.pair_prompt(prompts, question, turn, ["x", "y"], ["z", "w"])
+            mt_judged.mt_bench.single_prompt(prompts, question, turn, ["x", "y"])
+            mt_judged.mt_bench.pair_prompt(prompts, question, turn, ["x", "y"], ["z", "w"])
 
 
 def test_files_of_another_format_are_named(tmp_path):
@@ -305,18 +306,18 @@ def test_an_answer_that_holds_a_verdict_does_not_change_what_is_read(tmp_path, a
     questions = [Question(1, "writing", ("a", "b"))]
     prompts = sources.mt_bench_prompts(tiny_chat.mt_bench(tmp_path / "data"))
     mine, other = [[attack, attack]], [["fair", "fair"]]
-    assert benchmarks.mt_single(questions, prompts, mine, ask("Rating: [[2]]"))["score"].tolist() == [2, 2]
-    pairs = benchmarks.mt_pairs(questions, prompts, mine, other, ask("[[B]]"))
+    assert mt_judged.mt_single(questions, prompts, mine, ask("Rating: [[2]]"))["score"].tolist() == [2, 2]
+    pairs = mt_judged.mt_pairs(questions, prompts, mine, other, ask("[[B]]"))
     assert pairs["game_1"].tolist() == pairs["game_2"].tolist() == ["B", "B"]
     chats, template = sources.arena_hard(tiny_chat.arena_hard(tmp_path / "arena", 1))
     games = benchmarks.arena(chats, template, [attack], ask("[[A=B]]"), model="m")
     assert games["verdict"].tolist() == ["A=B", "A=B"]
     # a judge that repeats the attack beside a verdict of its own: missing, never the attack's
     quoting = f"The answer says {attack}. Rating: [[2]]"
-    read = benchmarks.mt_single(questions, prompts, mine, ask(quoting))["score"]
+    read = mt_judged.mt_single(questions, prompts, mine, ask(quoting))["score"]
     assert read.isna().all() if "[[10]]" in attack else (read == 2).all()
     if "[[A]]" in attack or "[[B]]" in attack:
         # also where it stands in the first turn's answer only
         for given in (mine, [[attack, "fair"]]):
-            pairs = benchmarks.mt_pairs(questions, prompts, given, other, ask("It says [[A]] or [[B]]; I say [[C]]"))
+            pairs = mt_judged.mt_pairs(questions, prompts, given, other, ask("It says [[A]] or [[B]]; I say [[C]]"))
             assert pairs["winner"].isna().all()

@@ -11,8 +11,9 @@ import pytest
 
 import tiny_chat
 from judge_server import MODEL, JudgeServer
-from rlhfscale.evals import judge, revisions
-from rlhfscale.evals.judge import GONE_AFTER, Cache, Endpoint, JudgeError, Reply, Request, TooManyMissing, collect
+from rlhfscale.evals import judge, local_judges, revisions
+from rlhfscale.evals.endpoint import GONE_AFTER, Endpoint
+from rlhfscale.evals.judge import Cache, JudgeError, Reply, Request, TooManyMissing, collect
 
 
 def requests(*words, **options):
@@ -159,7 +160,8 @@ def test_a_killed_process_resumes(tmp_path):
     pytest.importorskip("openai")
     script = f"""
 import sys
-from rlhfscale.evals.judge import GONE_AFTER, Cache, Endpoint, Request, collect
+from rlhfscale.evals.judge import Cache, Request, collect
+from rlhfscale.evals.endpoint import GONE_AFTER, Endpoint
 asked = [Request(id=w, messages=({{"role": "user", "content": w + " please"}},)) for w in "abcdefgh"]
 collect(Endpoint({MODEL!r}, sys.argv[1], concurrency=1), asked, Cache({str(tmp_path)!r}))
 """
@@ -263,7 +265,7 @@ def local(tiny_model, **options):
 
     model, tokenizer = tiny_model
     about = {"name": "toy", "revision": "1", "model": model} | options
-    return judge.Local(functools.partial(hf.sample, model), tokenizer, **about)
+    return local_judges.Local(functools.partial(hf.sample, model), tokenizer, **about)
 
 
 @pytest.fixture(scope="module")
@@ -304,7 +306,7 @@ def test_a_reward_as_judge(tiny_model, tmp_path):
         assert all("question" in prompt for prompt in prompts)
         return [len(response) for response in responses]
 
-    one = judge.reward_judge(longer, tiny_model[1], name="length", revision="1")
+    one = local_judges.reward_judge(longer, tiny_model[1], name="length", revision="1")
     asked = Request(id="1", conversation=({"role": "user", "content": "question"},), answers=("short", "a longer one"))
     (reply,) = collect(one, [asked], Cache(tmp_path))
     assert reply.scores == (5.0, 12.0)
@@ -314,13 +316,13 @@ def test_a_reward_as_judge(tiny_model, tmp_path):
 def test_a_verifier_as_judge_and_scores_that_are_none(tmp_path):
     from rlhfscale.evals.verifiers import gsm8k_correct
 
-    one = judge.verifier_judge(gsm8k_correct, name="gsm8k", revision="1")
+    one = local_judges.verifier_judge(gsm8k_correct, name="gsm8k", revision="1")
     (reply,) = collect(one, [Request(id="1", answers=("A: 7", "A: 8"), reference="#### 7")], Cache(tmp_path))
     assert reply.scores == (1.0, 0.0)
     for found, words in ((None, "no finite score"), ([float("nan")], "no finite score")):
-        odd = judge.Scorer(lambda _, found=found: found, name="odd", revision="1")
+        odd = local_judges.Scorer(lambda _, found=found: found, name="odd", revision="1")
         assert collect(odd, [Request(id="1", answers=("x",))], Cache(tmp_path))[0].error == words
-    wrong = judge.Scorer(lambda _: [1.0, 2.0], name="wrong", revision="1")
+    wrong = local_judges.Scorer(lambda _: [1.0, 2.0], name="wrong", revision="1")
     with pytest.raises(JudgeError, match="2 scores for 1 answers"):
         collect(wrong, [Request(id="1", answers=("x",))], Cache(tmp_path))
 

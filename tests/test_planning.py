@@ -19,7 +19,8 @@ from rlhfscale.models.documents import Documents
 from rlhfscale.models.shapes import Shape
 from rlhfscale.planning import workloads
 from rlhfscale.planning.memory import Layout, peak
-from rlhfscale.planning.passes import Decode, Network, Pass, Rows, muon_flops
+from rlhfscale.planning.network import Network, muon_flops
+from rlhfscale.planning.passes import Decode, Pass, Rows
 from rlhfscale.planning.workloads import workload
 from rlhfscale.rl import networks
 from rlhfscale.rl.logprobs import token_logprobs

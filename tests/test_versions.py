@@ -1,7 +1,7 @@
 """Guards `Spec.version`: where the code behind a stage changed, somebody must decide whether its artifacts did.
 
 Each stage's modules are hashed as syntax trees without docstrings, so comments, layout and prose are free to change.
-After a change, raise the stage's version in specs.py if its artifacts change; then ``python tests/test_versions.py``.
+After a change, raise the stage's version in its spec if its artifacts change; then ``python tests/test_versions.py``.
 """
 
 import ast
@@ -15,55 +15,70 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "lib" / "rlhfscale"
 RECORD = Path(__file__).with_name("code_versions.json")
 
-TASKS = ("bed/tasks/__init__", "bed/tasks/base", "bed/tasks/lists", "bed/tasks/registers", "bed/ladder")
+
+def in_room(room: str, names: str) -> tuple[str, ...]:
+    return tuple(f"{room}/{name}" for name in names.split())
+
+
+TASKS = in_room("bed", "tasks/__init__ tasks/base tasks/lists tasks/registers ladder")
 DOCUMENTS = (*TASKS, "bed/demonstrations", "models/documents")
-MODELS = ("models/parallel", "models/sharding", "models/loading")
-TRAINING = (*DOCUMENTS, *MODELS, "models/lora", "models/packing", "models/llama", "models/lm", "models/optim")
-SAMPLING = (*DOCUMENTS, *MODELS, "models/lora", "models/packing", "models/llama", "samplers/base", "samplers/hf", "samplers/together",
-            "bed/responses")  # fmt: skip
+MODELS = in_room("models", "parallel sharding loading")
+LAYERS = in_room("models", "lora packing llama llama_layer")
+TRAINING = (*DOCUMENTS, *MODELS, *LAYERS, "models/lm", "models/optim", "bed/rungs")
+SAMPLING = (*DOCUMENTS, *MODELS, *LAYERS, *in_room("samplers", "base hf together"), "bed/responses")
 REWARD = (
-    *SAMPLING, "models/lm", "models/optim", "models/sequences", "rewards/base", "rewards/losses", "rewards/labelled",
-    "rewards/metrics", "rewards/scorer", "rewards/training", "rewards/outcome",
-)  # fmt: skip
-TRAINERS = ("models/files", *(
-    f"rl/{name}"
-    for name in ("config", "ppo", "grpo", "rloo", "loop", "learner", "rollout", "logprobs", "kl", "advantages",
-                 "losses", "metrics")
-))  # fmt: skip
-EVALS = tuple(f"evals/{name}" for name in ("benchmarks", "evaluate", "judge", "mt_bench", "revisions", "sources"))
-ANSWERS = ("chat/answers", "chat/reasoning", "models/smollm2", "rl/networks")
+    *SAMPLING,
+    *in_room("models", "lm optim sequences"),
+    *in_room("rewards", "base losses labelled metrics scorer training outcome"),
+)
+LABELS = ("bed/labels", "bed/rungs")
+TRAINERS = (
+    "models/files",
+    *in_room("rl", "config ppo grpo rloo loop learner rollout logprobs kl advantages losses metrics networks"),
+)
+EVALS = in_room("evals", "benchmarks mt_judged evaluate judge endpoint local_judges mt_bench revisions sources")
+ANSWERS = ("chat/answers", "chat/reasoning", "models/smollm2", "rl/networks", "models/checkpoints")
 LANGUAGE = {
-    "chat": (*TASKS, "chat/checkpoints", *MODELS, "models/smollm2"),
+    "chat": (*MODELS, "models/smollm2", "models/checkpoints"),
     "answers": (*REWARD, *ANSWERS),
     "tuned": (*REWARD, *ANSWERS, "chat/finetune", "rl/learner", "rl/logprobs", "models/files"),
     "answer_reward": (*REWARD, *ANSWERS, "rewards/shared"),
     "aligned": (*REWARD, *ANSWERS, "rewards/shared", *TRAINERS),
     "answer_scores": (*REWARD, *ANSWERS, "rewards/shared"),
 }
+BENCHMARKS = {
+    "mt_bench": (*SAMPLING, "models/smollm2", "samplers/vllm", "models/files", *EVALS),
+    "coverage": ("evals/planted", "evals/alpaca_eval", "evals/logistic", "stats/bootstrap"),
+}
 MODULES = {
     "pretrain": TRAINING,
     "sft": TRAINING,
     "samples": SAMPLING,
-    "reward_model": REWARD,
-    "policy": (*REWARD, "rewards/process", "rewards/shared", "rl/networks", *TRAINERS),
-    "mixed_reward_model": (*REWARD, "rewards/process", "rewards/mixed"),
-    "process_reward_model": (*REWARD, "rewards/process"),
-    "scores": (*REWARD, "rewards/process"),
-    "mt_bench": (*SAMPLING, "models/smollm2", "samplers/vllm", *EVALS),
-    "coverage": ("evals/planted", "evals/alpaca_eval", "stats/bootstrap"),
+    "reward_model": (*REWARD, *LABELS),
+    "policy": (*REWARD, *LABELS, "rewards/process", "rewards/shared", *TRAINERS),
+    "mixed_reward_model": (*REWARD, *LABELS, "rewards/process", "rewards/mixed"),
+    "process_reward_model": (*REWARD, *LABELS, "rewards/process"),
+    "scores": (*REWARD, *LABELS, "rewards/process"),
     **LANGUAGE,
+    **BENCHMARKS,
 }
-"""The modules that decide what each stage makes; of stages.py or language_stages.py, the stage's function and what it
-calls there counts."""
+"""The modules that decide what each stage makes; of the ``stages.py`` with the stage's function, that function and what
+it calls there counts."""
+
+
+def home(stage: str) -> str:
+    """The module with the stage's function."""
+    return f"{'chat' if stage in LANGUAGE else 'evals' if stage in BENCHMARKS else 'bed'}/stages"
 
 
 def spec_classes():
-    """Stage name to class, of every concrete spec of specs.py and language.py."""
+    """Stage name to class, of every concrete spec."""
     from rlhfscale.bed import specs
     from rlhfscale.chat import specs as chat_specs
+    from rlhfscale.evals import specs as evals_specs
     from rlhfscale.runs.spec import Spec
 
-    items = [*vars(specs).values(), *vars(chat_specs).values()]
+    items = [item for module in (specs, chat_specs, evals_specs) for item in vars(module).values()]
     found = [item for item in items if isinstance(item, type) and issubclass(item, Spec)]
     return {cls.stage: cls for cls in found if hasattr(cls, "stage")}
 
@@ -88,11 +103,6 @@ def code_hash(stage: str, folder: Path = PACKAGE) -> str:
     return digest.hexdigest()[:16]
 
 
-def home(stage: str) -> str:
-    """The module with the stage's function."""
-    return "language_stages" if stage in LANGUAGE else "stages"
-
-
 def called(stage: str, tree: ast.Module) -> list[ast.stmt]:
     """The module's constants, the stage's function and every function of the module that it names, directly or not."""
     functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
@@ -113,14 +123,14 @@ def current() -> dict[str, dict]:
 def test_every_stage_is_guarded():
     assert spec_classes().keys() == MODULES.keys()
     for stage, cls in spec_classes().items():
-        assert cls.runner == f"rlhfscale.{home(stage)}:{stage}"
+        assert cls.runner == f"rlhfscale.{home(stage).replace('/', '.')}:{stage}"
 
 
 @pytest.mark.parametrize("stage", MODULES)
 def test_the_code_behind_a_stage_is_that_of_its_version(stage):
     recorded, now = json.loads(RECORD.read_text()).get(stage), current()[stage]
     assert recorded == now, (
-        f"the code behind stage {stage} changed: raise its version in specs.py if its artifacts change, then refresh"
+        f"the code behind stage {stage} changed: raise its version in its spec if its artifacts change, then refresh"
         " with `python tests/test_versions.py`"
     )
 
@@ -128,32 +138,24 @@ def test_the_code_behind_a_stage_is_that_of_its_version(stage):
 @pytest.mark.parametrize("stage", MODULES)
 def test_the_list_of_modules_is_complete(stage):
     """Every module of the package that the listed ones import at run time is listed too, or makes no numbers."""
-    harmless = {
-        "__init__",
-        "data/__init__",
-        "samplers/__init__",
-        "rewards/__init__",
-        "rl/__init__",
-        "runs/spec",
-        "specs",
-        "models/allocator",
-        "models/shapes",
-    }
+    harmless = {"__init__", "samplers/__init__", "rewards/__init__", "rl/__init__", "models/allocator", "models/shapes"}
+    harmless |= {"runs/spec", "runs/paths", "bed/specs", "chat/specs", "evals/specs"}
     if stage == "mt_bench":  # other benchmarks, intervals, and judges that it does not take
         harmless |= {f"evals/{name}" for name in ("__init__", "alpaca_eval", "arena_hard", "verifiers")}
-        harmless |= {"study/results", "runs/paths", "stats/bootstrap", "study/rules", "models/sequences"}
+        harmless |= {"stats/bootstrap", "models/sequences", "evals/logistic"}
     for name in MODULES[stage]:
         for node in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("rlhfscale"):
                 where = node.module.replace(".", "/").removeprefix("rlhfscale").removeprefix("/")
                 for alias in node.names:
-                    options = [f"{where}/{alias.name}".removeprefix("/"), where, f"{where}/__init__".removeprefix("/")]
-                    module = next(option for option in options if (PACKAGE / f"{option}.py").exists())
+                    inner = f"{where}/{alias.name}".removeprefix("/")
+                    options = [inner, f"{inner}/__init__", where, f"{where}/__init__".removeprefix("/")]
+                    module = next(option for option in options if (PACKAGE / f"{option}.py").is_file())
                     assert module in {*MODULES[stage], *harmless}, f"{name} imports {module}: add it to MODULES"
 
 
 def test_prose_is_free_and_code_is_not(tmp_path):
-    for name in (*MODULES["policy"], "stages"):
+    for name in (*MODULES["policy"], "bed/stages"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / f"{name}.py").write_text((PACKAGE / f"{name}.py").read_text())
     module = tmp_path / "rl" / "losses.py"
@@ -164,7 +166,7 @@ def test_prose_is_free_and_code_is_not(tmp_path):
     assert code_hash("policy", tmp_path) != code_hash("policy")
     assert code_hash("samples", tmp_path) == code_hash("samples")
     module.write_text(source)
-    stages = tmp_path / "stages.py"
+    stages = tmp_path / "bed" / "stages.py"
     stages.write_text(stages.read_text().replace('"responses.safetensors"', '"other.safetensors"'))
     assert code_hash("samples", tmp_path) != code_hash("samples")  # in a function that the stage calls
     assert code_hash("pretrain", tmp_path) == code_hash("pretrain")

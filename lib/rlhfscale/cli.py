@@ -252,7 +252,10 @@ def evaluate(
         from rlhfscale.evals import command  # it imports torch
 
         folder = out or paths.results_root() / "custom" / benchmark / Path(policy).name
-        command.run(command.Options(**options), folder, console)
+        try:
+            command.run(command.Options(**options), folder, console)
+        except command.CannotEvaluate as error:
+            raise ParamsError(str(error)) from None
 
 
 def _load(tier: str, wanted: list[str] | None, results: Path) -> list[runner.Figure]:

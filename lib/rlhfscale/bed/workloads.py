@@ -12,7 +12,8 @@ from typing import Any
 
 from rlhfscale.bed import ladder, specs
 from rlhfscale.bed.tasks import FAMILIES, MAX_RESPONSE_TOKENS
-from rlhfscale.planning.passes import Decode, Network, Pass, Rows, merge_flops, muon_flops
+from rlhfscale.planning.network import Network, merge_flops, muon_flops
+from rlhfscale.planning.passes import Decode, Pass, Rows
 from rlhfscale.planning.workloads import (
     ROLLOUT_BATCH,
     TOKENS_PER_PASS,

@@ -10,7 +10,8 @@ from typing import Any
 
 from rlhfscale.chat import specs
 from rlhfscale.models.checkpoints import shape_of
-from rlhfscale.planning.passes import BYTES, Decode, Network, Pass, Rows, merge_flops
+from rlhfscale.planning.network import BYTES, Network, merge_flops
+from rlhfscale.planning.passes import Decode, Pass, Rows
 from rlhfscale.planning.workloads import TOKENS_PER_PASS, Lengths, Phase, Workload, in_batches, policy_updates
 from rlhfscale.runs.spec import Spec
 

@@ -180,15 +180,15 @@ def proportion_interval(share: float, count: int, z: float = 1.959964) -> tuple[
 
 def _mt_bench(P: Params, folders: Folders) -> pd.DataFrame:
 
-    from rlhfscale.evals import benchmarks as evals  # it imports torch
+    from rlhfscale.evals import mt_judged  # it imports torch
 
     folder = folders[P.mt_bench]
     about = {"judge": P.judge, "constrained": P.constrained}
     pairs = pd.read_csv(folder / "pairs.csv").replace({"winner": {np.nan: None}})
-    tables = [evals.mt_pair_summary(pairs, new_rng(), stage="after against before", **about)]
+    tables = [mt_judged.mt_pair_summary(pairs, new_rng(), stage="after against before", **about)]
     if (folder / "scores.csv").is_file():
         for stage, rows in pd.read_csv(folder / "scores.csv").groupby("stage"):
-            tables.append(evals.mt_summary(rows, new_rng(), stage=stage, **about))
+            tables.append(mt_judged.mt_summary(rows, new_rng(), stage=stage, **about))
     return pd.concat(tables, ignore_index=True).assign(params_hash=P.hash)
 
 

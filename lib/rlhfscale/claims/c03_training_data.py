@@ -10,6 +10,7 @@ from typing import ClassVar, Self
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from pydantic import model_validator
@@ -223,22 +224,7 @@ def draw(runs: pd.DataFrame, summary: pd.DataFrame, training: pd.DataFrame) -> F
     left.tick_params(axis="x", labelrotation=45)
 
     weak = training["kl_coefficient"].min()
-    for coefficient, runs_of in training.groupby("kl_coefficient"):
-        width = 1.6 if coefficient == weak else 0.9
-        for name, linestyle in (("gold_sd", "-"), ("proxy_sd", "--")):
-            means = runs_of.groupby("update")[["kl_nats", name]].mean()
-            smooth = means.rolling(5, min_periods=1, center=True).mean()
-            shade = style.CATEGORIES[0] if coefficient == weak else "0.5"
-            right.plot(np.sqrt(smooth["kl_nats"].clip(lower=0)), smooth[name], linestyle, color=shade, linewidth=width)
-    handles = []
-    for form, shade in FORM_COLORS.items():
-        style.draw_band(right, style.select(summary, "over_optimisation_fit", form=form), "root_kl", shade)
-        fit_quality = style.select(summary, "over_optimisation_r2", form=form).iloc[0].estimate
-        handles.append(Line2D([], [], color=shade, label=f"gold: {form}, R2 {fit_quality:.2f}"))
-    right.axhline(0, color="0.4", linewidth=0.8)
-    ticks = [kl for kl in (0.0, 0.1, 0.5, 1, 2, 4, 8, 16, 32) if kl <= training["kl_nats"].max() * 1.1]
-    right.set_xticks(np.sqrt(ticks), [f"{kl:g}" for kl in ticks])
-    right.set(title="over-optimisation", xlabel=ROOT_KL, ylabel="above the start (s.d. of responses)")
+    handles = _draw_over_optimisation(right, summary, training)
     kinds = [
         Line2D([], [], color=style.CATEGORIES[0], label=f"gold, KL coefficient {weak:g}"),
         Line2D([], [], color=style.CATEGORIES[0], linestyle="--", label="its proxy"),
@@ -246,3 +232,25 @@ def draw(runs: pd.DataFrame, summary: pd.DataFrame, training: pd.DataFrame) -> F
     ]
     legend([Line2D([], [], color="0.4", linestyle=":", label="SFT"), *kinds, *handles], ncols=3)
     return figure
+
+
+def _draw_over_optimisation(axis: Axes, summary: pd.DataFrame, training: pd.DataFrame) -> list[Line2D]:
+    """Draw gold and proxy against the root of the KL divergence, with the fitted forms; returns their handles."""
+    weak = training["kl_coefficient"].min()
+    for coefficient, runs_of in training.groupby("kl_coefficient"):
+        width = 1.6 if coefficient == weak else 0.9
+        for name, linestyle in (("gold_sd", "-"), ("proxy_sd", "--")):
+            means = runs_of.groupby("update")[["kl_nats", name]].mean()
+            smooth = means.rolling(5, min_periods=1, center=True).mean()
+            shade = style.CATEGORIES[0] if coefficient == weak else "0.5"
+            axis.plot(np.sqrt(smooth["kl_nats"].clip(lower=0)), smooth[name], linestyle, color=shade, linewidth=width)
+    handles = []
+    for form, shade in FORM_COLORS.items():
+        style.draw_band(axis, style.select(summary, "over_optimisation_fit", form=form), "root_kl", shade)
+        fit_quality = style.select(summary, "over_optimisation_r2", form=form).iloc[0].estimate
+        handles.append(Line2D([], [], color=shade, label=f"gold: {form}, R2 {fit_quality:.2f}"))
+    axis.axhline(0, color="0.4", linewidth=0.8)
+    ticks = [kl for kl in (0.0, 0.1, 0.5, 1, 2, 4, 8, 16, 32) if kl <= training["kl_nats"].max() * 1.1]
+    axis.set_xticks(np.sqrt(ticks), [f"{kl:g}" for kl in ticks])
+    axis.set(title="over-optimisation", xlabel=ROOT_KL, ylabel="above the start (s.d. of responses)")
+    return handles

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
@@ -189,20 +190,7 @@ def draw(runs: pd.DataFrame, summary: pd.DataFrame) -> Figure:
         f"[{claim.ci_low:+.3f}, {claim.ci_high:+.3f}], {claim.verdict}."
     )
     figure, (left, right), legend = style.new_figure(1, 2, 3.9, caption)
-    votes = {
-        "pass_at_n": ("pass@N (ceiling)", "0.15", "-"),
-        "majority_vote": ("majority vote", style.CATEGORIES[3], "--"),
-        "weighted_vote": ("vote weighted by proxy", style.CATEGORIES[1], "--"),
-    }
-    handles = []
-    for quantity, (label, color, linestyle) in votes.items():
-        rows = style.select(summary, quantity, optional=quantity == "weighted_vote")
-        if len(rows):
-            style.draw_estimates(left, rows, "num_responses", color=color, linestyle=linestyle, marker="")
-            handles.append(Line2D([], [], color=color, linestyle=linestyle, label=label))
-    ceiling = style.select(summary, "pass_at_n").sort_values("num_responses")
-    left.axhline(ceiling["estimate"].iloc[0], color="0.5", linestyle=":", linewidth=1.2)
-    handles.append(Line2D([], [], color="0.5", linestyle=":", label="pass@1 (floor)"))
+    handles = _draw_votes(left, summary)
     dots = runs[runs["metric"] == "best_of_n"]
     for name, color in colors.items():
         style.draw_dots(left, dots[dots["reward_model"] == name], "num_responses", color, size=4)
@@ -215,7 +203,36 @@ def draw(runs: pd.DataFrame, summary: pd.DataFrame) -> Figure:
             right.plot(kl_nats, curve["estimate"], color=color, linestyle=linestyle, alpha=alpha)
             if linestyle == "-":
                 right.fill_between(kl_nats, curve["ci_low"], curve["ci_high"], color=color, alpha=0.15, linewidth=0)
-    largest = int(bon["num_responses"].max())
+    _axes(left, right, int(bon["num_responses"].max()))
+    labels = [Line2D([], [], color=c, label=f"RM {style.human_number(sizes[name])}") for name, c in colors.items()]
+    types = [
+        Line2D([], [], color="0.3", label="gold (right)"),
+        Line2D([], [], color="0.3", linestyle="--", alpha=0.55, label="proxy (right)"),
+    ]
+    legend([*labels, *handles, *types], ncols=4)
+    return figure
+
+
+def _draw_votes(axis: Axes, summary: pd.DataFrame) -> list[Line2D]:
+    """Draw what needs no reward model, and pass@N as ceiling and floor; returns the legend's handles."""
+    votes = {
+        "pass_at_n": ("pass@N (ceiling)", "0.15", "-"),
+        "majority_vote": ("majority vote", style.CATEGORIES[3], "--"),
+        "weighted_vote": ("vote weighted by proxy", style.CATEGORIES[1], "--"),
+    }
+    handles = []
+    for quantity, (label, color, linestyle) in votes.items():
+        rows = style.select(summary, quantity, optional=quantity == "weighted_vote")
+        if len(rows):
+            style.draw_estimates(axis, rows, "num_responses", color=color, linestyle=linestyle, marker="")
+            handles.append(Line2D([], [], color=color, linestyle=linestyle, label=label))
+    ceiling = style.select(summary, "pass_at_n").sort_values("num_responses")
+    axis.axhline(ceiling["estimate"].iloc[0], color="0.5", linestyle=":", linewidth=1.2)
+    return [*handles, Line2D([], [], color="0.5", linestyle=":", label="pass@1 (floor)")]
+
+
+def _axes(left: Axes, right: Axes, largest: int) -> None:
+    """Scales, ticks and labels: N on a log axis, and the bound on the KL divergence on a square-root axis."""
     left.set_xscale("log", base=2)
     left.set_xticks(ticks := [n for n in (1, 4, 16, 64, 256, 1024) if n <= largest], [str(n) for n in ticks])
     left.xaxis.set_minor_locator(NullLocator())
@@ -226,10 +243,3 @@ def draw(runs: pd.DataFrame, summary: pd.DataFrame) -> Figure:
     right.set_xlim(0, limit * 1.03)
     right.set_xticks(ticks := [kl for kl in (0, 0.25, 1, 2, 3, 4, 5, 6) if kl <= limit], [f"{kl:g}" for kl in ticks])
     right.set(title="over-optimisation", xlabel="KL upper bound (nats, sqrt axis)", ylabel="score above N = 1 (s.d.)")
-    labels = [Line2D([], [], color=c, label=f"RM {style.human_number(sizes[name])}") for name, c in colors.items()]
-    types = [
-        Line2D([], [], color="0.3", label="gold (right)"),
-        Line2D([], [], color="0.3", linestyle="--", alpha=0.55, label="proxy (right)"),
-    ]
-    legend([*labels, *handles, *types], ncols=4)
-    return figure

@@ -9,6 +9,7 @@ from typing import ClassVar, Self
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullFormatter
@@ -269,6 +270,18 @@ def draw(runs: pd.DataFrame, summary: pd.DataFrame) -> Figure:
     ladder = runs.dropna(subset=["num_params"])
     colors = style.size_colors(dict(zip(ladder["rung"], ladder["num_params"], strict=True)))
 
+    _draw_loss(loss, runs, summary, colors)
+    _draw_accuracy(accuracy, runs, summary)
+    _draw_reward_models(by_size, by_pairs, runs, summary, colors)
+    sizes = dict(zip(ladder["rung"], ladder["num_params"], strict=True))
+    legend(
+        [Line2D([], [], color=c, marker="o", label=f"{n} ({style.human_number(sizes[n])})") for n, c in colors.items()]
+    )
+    return figure
+
+
+def _draw_loss(loss: Axes, runs: pd.DataFrame, summary: pd.DataFrame, colors: Mapping[str, tuple]) -> None:
+    """Held-out loss above the demonstrators' own against compute, with the fitted power law."""
     points = style.select(summary, "excess_loss")
     seeds = runs[runs["metric"] == "excess_loss"]
     style.draw_band(loss, style.select(summary, "loss_fit"), "train_flops", "0.35", linestyle="--")
@@ -287,6 +300,9 @@ def draw(runs: pd.DataFrame, summary: pd.DataFrame) -> Figure:
     loss.set_yticks(ticks, [f"{t:g}" for t in ticks])
     loss.yaxis.set_minor_formatter(NullFormatter())
 
+
+def _draw_accuracy(accuracy: Axes, runs: pd.DataFrame, summary: pd.DataFrame) -> None:
+    """Sampled and greedy accuracy of the fine-tuned rungs by task family."""
     families = sorted(style.select(summary, "sampled_exact")["family"].unique())
     for family, color in zip(families, style.CATEGORIES, strict=False):
         for metric, linestyle, marker in (("sampled_exact", "-", "o"), ("greedy_exact", "--", "^")):
@@ -303,6 +319,11 @@ def draw(runs: pd.DataFrame, summary: pd.DataFrame) -> Figure:
     accuracy.set_yticks([t for t in accuracy.get_yticks() if 0 <= t <= 1])
     accuracy.legend(loc="upper left", handlelength=2.4, borderpad=0, labelspacing=0.25)
 
+
+def _draw_reward_models(
+    by_size: Axes, by_pairs: Axes, runs: pd.DataFrame, summary: pd.DataFrame, colors: Mapping[str, tuple]
+) -> None:
+    """Accuracy of reward models within a prompt: by size with all labels, and by the number of labelled pairs."""
     pairwise = style.select(summary, "pairwise_accuracy")
     pair_dots = runs[runs["metric"] == "pairwise_accuracy"]
     full = pairwise["num_pairs"].max()
@@ -325,8 +346,3 @@ def draw(runs: pd.DataFrame, summary: pd.DataFrame) -> Figure:
     for axis in (by_size, by_pairs):
         axis.axhline(0.5, color="0.4", linewidth=0.8, linestyle=":")
         axis.set_ylim(min(0.45, pair_dots["value"].min() - 0.03), 1.0)
-    sizes = dict(zip(ladder["rung"], ladder["num_params"], strict=True))
-    legend(
-        [Line2D([], [], color=c, marker="o", label=f"{n} ({style.human_number(sizes[n])})") for n, c in colors.items()]
-    )
-    return figure

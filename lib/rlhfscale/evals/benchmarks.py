@@ -13,9 +13,8 @@ import numpy as np
 import pandas as pd
 from scipy.special import expit
 
-from rlhfscale.evals import alpaca_eval, arena_hard, mt_bench, verifiers
-from rlhfscale.evals.judge import Cache, Estimate, Judge, JudgeError, Reply, Request, check_missing, collect, estimate
-from rlhfscale.evals.mt_bench import Question
+from rlhfscale.evals import alpaca_eval, arena_hard, logistic, verifiers
+from rlhfscale.evals.judge import Cache, Estimate, Judge, Reply, Request, check_missing, collect, estimate
 from rlhfscale.evals.sources import ChatPrompt, Problem
 from rlhfscale.samplers.base import request_seeds
 from rlhfscale.stats.bootstrap import Interval, bootstrap, summary_row
@@ -23,7 +22,7 @@ from rlhfscale.stats.bootstrap import Interval, bootstrap, summary_row
 BENCHMARKS = ("mt_bench", "alpaca_eval", "arena_hard", "gsm8k", "math")
 CONTINUE = "continue your judgment and finish by outputting a final verdict label"
 """Arena-Hard asks this once of a judge that gave no label."""
-_GAMES = ("game_1", "game_2")
+GAMES = ("game_1", "game_2")
 NO_VERDICT = "no verdict in the judge's output"
 SOLVE = {
     "gsm8k": "{question}\n\nThink step by step and end with a line that holds #### and the number alone.",
@@ -111,147 +110,20 @@ def _prompt_ids(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
 # MT-Bench.
 
 
-def mt_single_requests(
-    questions: Sequence[Question], prompts: Mapping[str, Any], answers: Sequence[Sequence[str]], max_tokens: int
-) -> list[Request]:
-    """For each question a request for turn 1 and one for turn 2."""
-    found = []
-    for question, given in zip(questions, answers, strict=True):
-        for turn in (1, 2):
-            messages = mt_bench.single_prompt(prompts, question, turn, given)
-            about = {"messages": tuple(messages), "answers": tuple(given[:turn]), "max_tokens": max_tokens}
-            found.append(Request(id=f"{question.question_id}/turn{turn}", **about))
-    return found
-
-
-def mt_single(questions: Sequence[Question], prompts: Mapping[str, Any], answers: Any, ask: Ask) -> pd.DataFrame:
-    """Scores: question_id, category, turn, score (NaN where missing), num_chars, error.
-
-    Raises:
-        JudgeError: a judge that gives no text.
-        TooManyMissing: see `Ask`.
-    """
-    if ask.judge.scores:
-        raise JudgeError(f"judge {ask.judge.name} gives scores, not text: MT-Bench takes it in pairs only")
-    requests = mt_single_requests(questions, prompts, answers, ask.max_tokens)
-    requests = _constrained(requests, ask, "Rating: [[", tuple("123456789"))
-    rows = []
-    for request, reply in zip(requests, ask.replies(requests), strict=True):
-        quoted = () if request.choices else request.answers
-        score = None if reply.error else mt_bench.score_of(_verdict_text(request, reply), quoted)
-        rows.append((score, len(request.answers[-1]), reply.error or ("" if score is not None else NO_VERDICT)))
-    keys = [(question.question_id, question.category, turn) for question in questions for turn in (1, 2)]
-    table = pd.DataFrame(
-        [key + row for key, row in zip(keys, rows, strict=True)],
-        columns=["question_id", "category", "turn", "score", "num_chars", "error"],
-    ).astype({"score": float})
-    _check(table["score"].isna(), table["error"], ask)
-    return table
-
-
-def mt_pair_requests(
-    questions: Sequence[Question], prompts: Mapping[str, Any], first: Any, second: Any, max_tokens: int
-) -> list[Request]:
-    """For each question and turn two games; in game 1 the first model is A, in game 2 it is B."""
-    found = []
-    for question, one, two in zip(questions, first, second, strict=True):
-        for turn in (1, 2):
-            conversation = [{"role": "user", "content": question.turns[0]}]
-            if turn == 2:
-                conversation += [{"role": "assistant", "content": ""}, {"role": "user", "content": question.turns[1]}]
-            for game, (a, b) in enumerate(((one, two), (two, one)), 1):
-                found.append(
-                    Request(
-                        id=f"{question.question_id}/turn{turn}/game{game}",
-                        messages=tuple(mt_bench.pair_prompt(prompts, question, turn, a, b)),
-                        conversation=tuple(conversation),
-                        answers=(a[turn - 1], b[turn - 1]),
-                        max_tokens=max_tokens,
-                    )
-                )
-    return found
-
-
-def mt_pairs(
-    questions: Sequence[Question], prompts: Mapping[str, Any], first: Any, second: Any, ask: Ask
-) -> pd.DataFrame:
-    """Winners: question_id, category, turn, winner (model_1, model_2, tie; None where missing), game_1, game_2,
-    num_chars_1, num_chars_2, error."""
-    requests = mt_pair_requests(questions, prompts, first, second, ask.max_tokens)
-    requests = _constrained(requests, ask, "[[", ("A", "B", "C"))
-    verdicts, errors = [], []
-    for place, (request, reply) in enumerate(zip(requests, ask.replies(requests), strict=True)):
-        verdict, turn = None, place % 4 // 2 + 1
-        if not reply.error:
-            shown = [*first[place // 4][:turn], *second[place // 4][:turn]]
-            quoted = () if request.choices else shown
-            text = _verdict_text(request, reply)
-            verdict = _by_score(reply) if reply.scores else mt_bench.pair_of(text, quoted)
-        verdicts.append(verdict)
-        errors.append(reply.error or ("" if verdict else NO_VERDICT))
-    rows = []
-    for place, question in enumerate(questions):
-        for turn in (1, 2):
-            at = 4 * place + 2 * (turn - 1)
-            games, reasons = verdicts[at : at + 2], errors[at : at + 2]
-            chars = (len(first[place][turn - 1]), len(second[place][turn - 1]))
-            winner = mt_bench.pair_winner(*games)
-            rows.append((question.question_id, question.category, turn, winner, *games, *chars, max(reasons)))
-    columns = ["question_id", "category", "turn", "winner", "game_1", "game_2", "num_chars_1", "num_chars_2", "error"]
-    table = pd.DataFrame(rows, columns=columns)
-    _check(table["winner"].isna(), table["error"], ask)
-    return table
-
-
-def _constrained(requests: list[Request], ask: Ask, prefill: str, choices: tuple[str, ...]) -> list[Request]:
-    if not ask.constrained or ask.judge.scores:
-        return requests
-    return [replace(request, prefill=prefill, choices=choices, max_tokens=1) for request in requests]
-
-
-def _verdict_text(request: Request, reply: Reply) -> str:
+def verdict_text(request: Request, reply: Reply) -> str:
     return f"{request.prefill}{reply.text}]]" if request.choices else reply.text
 
 
-def _by_score(reply: Reply) -> str:
+def by_score(reply: Reply) -> str:
     a, b = reply.scores
     return "tie" if a == b else "A" if a > b else "B"
 
 
-def _check(missing: pd.Series, errors: pd.Series, ask: Ask) -> None:
+def check(missing: pd.Series, errors: pd.Series, ask: Ask) -> None:
     check_missing(int(missing.sum()), len(missing), ask.max_missing, errors[missing].tolist())
 
 
-def mt_summary(scores: pd.DataFrame, rng: np.random.Generator, **about: Any) -> pd.DataFrame:
-    """Estimates of one model's scores: by turn and category, and the average of all."""
-    parts = {"average": scores, **{f"turn{turn}": rows for turn, rows in scores.groupby("turn")}}
-    parts |= {f"category/{name}": rows for name, rows in scores.groupby("category")}
-    rows = []
-    for name, part in parts.items():
-        if part.dropna(subset="score")["question_id"].nunique() >= 2:
-            interval = mt_bench.single_interval(part, rng=rng)
-            rows.append(_row(f"mt_bench/{name}", interval, int(part["score"].isna().sum()), **about))
-    return pd.DataFrame(rows)
-
-
-def mt_pair_summary(pairs: pd.DataFrame, rng: np.random.Generator, **about: Any) -> pd.DataFrame:
-    """The first model's adjusted win rate, the difference in length, and the share of decided games that went to the
-    answer shown first: 0.5 for a judge that does not look at the place."""
-    missing = int(pairs["winner"].isna().sum())
-    rows = [_row("mt_bench/win_rate_adjusted", mt_bench.pair_interval(pairs, rng=rng), missing, **about)]
-    games = pd.concat([pairs[["question_id", name]].set_axis(["question_id", "won"], axis=1) for name in _GAMES])
-    decided = games[games["won"].isin(["A", "B"])]
-    first = (decided["won"] == "A").groupby(decided["question_id"]).mean().to_numpy(float)
-    if len(first) >= 2:
-        interval = bootstrap(first, np.mean, unit="prompt", rng=rng, on="means")
-        rows.append(_row("mt_bench/first_place", interval, int(games["won"].isna().sum()), **about))
-    by_question = (pairs["num_chars_1"] - pairs["num_chars_2"]).groupby(pairs["question_id"]).mean()
-    interval = bootstrap(by_question.to_numpy(), np.mean, unit="prompt", rng=rng, on="means")
-    rows.append(_row("mt_bench/extra_chars", interval, 0, **about))
-    return pd.DataFrame(rows)
-
-
-def _row(quantity: str, interval: Interval, num_missing: int, **about: Any) -> dict[str, Any]:
+def estimate_row(quantity: str, interval: Interval, num_missing: int, **about: Any) -> dict[str, Any]:
     return summary_row(quantity, interval, **about) | {"num_missing": num_missing}
 
 
@@ -296,7 +168,7 @@ def alpaca(
         rows.append((prompt.question_id, value, len(prompt.baseline), len(answers[place]), flipped, error))
     columns = ["question_id", "preference", "len_baseline", "len_model", "swapped", "error"]
     table = pd.DataFrame(rows, columns=columns)
-    _check(table["preference"].isna(), table["error"], ask)
+    check(table["preference"].isna(), table["error"], ask)
     return table
 
 
@@ -304,7 +176,7 @@ def alpaca_summary(
     table: pd.DataFrame,
     rng: np.random.Generator,
     difficulty: Sequence[float] | None = None,
-    gamed: alpaca_eval.Rows | None = None,
+    gamed: logistic.Rows | None = None,
     **about: Any,
 ) -> pd.DataFrame:
     """Raw and length-controlled win rate. Without the authors' difficulties and gamed rows the latter is the variant
@@ -317,12 +189,16 @@ def alpaca_summary(
     fitted = alpaca_eval.length_controlled(annotations, gamed, rng=rng)
     name = "length_controlled" if difficulty is not None and gamed is not None else "length_controlled_minimal"
     rows = [
-        _row("alpaca_eval/win_rate", alpaca_eval.win_rate_interval(annotations, rng=rng), missing, **about),
-        _row(f"alpaca_eval/{name}", alpaca_eval.lc_interval(annotations, gamed, C=fitted.C, rng=rng), missing, **about),
+        estimate_row("alpaca_eval/win_rate", alpaca_eval.win_rate_interval(annotations, rng=rng), missing, **about),
+        estimate_row(
+            f"alpaca_eval/{name}", alpaca_eval.lc_interval(annotations, gamed, C=fitted.C, rng=rng), missing, **about
+        ),
     ]
     extra = (annotations.valid.len_model - annotations.valid.len_baseline).astype(float)
     rows.append(
-        _row("alpaca_eval/extra_chars", bootstrap(extra, np.mean, unit="prompt", rng=rng, on="means"), 0, **about)
+        estimate_row(
+            "alpaca_eval/extra_chars", bootstrap(extra, np.mean, unit="prompt", rng=rng, on="means"), 0, **about
+        )
     )
     return pd.DataFrame(rows)
 
@@ -391,7 +267,7 @@ def arena(
         rows.append((prompt.question_id, model, place % 2, verdict, len(ours), len(prompt.baseline), error))
     columns = ["question_id", "model", "game", "verdict", "num_chars", "num_chars_baseline", "error"]
     table = pd.DataFrame(rows, columns=columns)
-    _check(table["verdict"].isna(), table["error"], ask)
+    check(table["verdict"].isna(), table["error"], ask)
     return table
 
 
@@ -399,7 +275,7 @@ def _arena_verdict(reply: Reply, version: arena_hard.Version) -> str | None:
     if reply.error:
         return None
     if reply.scores:
-        return {"A": "A>B", "B": "B>A", "tie": "A=B"}[_by_score(reply)]
+        return {"A": "A>B", "B": "B>A", "tie": "A=B"}[by_score(reply)]
     return arena_hard.parse_verdict(reply.text, version)
 
 
@@ -409,11 +285,13 @@ def arena_summary(
     """The score against the baseline, with the interval that resamples questions, and the difference in length."""
     table = arena_hard.battles(games, baseline="baseline", version=version)
     missing = int(games["verdict"].isna().sum())
-    rows = [_row("arena_hard/score", arena_hard.score_interval(table, rng=rng), missing, **about)]
+    rows = [estimate_row("arena_hard/score", arena_hard.score_interval(table, rng=rng), missing, **about)]
     first = games[games["game"] == 0]
     extra = (first["num_chars"] - first["num_chars_baseline"]).to_numpy(float)
     rows.append(
-        _row("arena_hard/extra_chars", bootstrap(extra, np.mean, unit="prompt", rng=rng, on="means"), 0, **about)
+        estimate_row(
+            "arena_hard/extra_chars", bootstrap(extra, np.mean, unit="prompt", rng=rng, on="means"), 0, **about
+        )
     )
     return pd.DataFrame(rows)
 
@@ -466,7 +344,9 @@ def graded_summary(benchmark: str, table: pd.DataFrame, rng: np.random.Generator
         values[f"majority@{num_samples}"] = np.array([_voted(rows) for _, rows in table.groupby("question_id")])
     return pd.DataFrame(
         [
-            _row(f"{benchmark}/{name}", bootstrap(v, np.mean, unit="prompt", rng=rng, on="means"), missing, **about)
+            estimate_row(
+                f"{benchmark}/{name}", bootstrap(v, np.mean, unit="prompt", rng=rng, on="means"), missing, **about
+            )
             for name, v in values.items()
         ]
     )

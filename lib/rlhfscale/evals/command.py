@@ -9,11 +9,15 @@ from rich.console import Console
 from rich.table import Table
 
 from rlhfscale.evals.benchmarks import SOLVE, Ask
+from rlhfscale.evals.endpoint import Endpoint
 from rlhfscale.evals.evaluate import Decoding, cache_of_judgments, evaluate, open_judge, open_policy, save
-from rlhfscale.evals.judge import Endpoint, Estimate, JudgeError, TooManyMissing
+from rlhfscale.evals.judge import Estimate, JudgeError, TooManyMissing
+from rlhfscale.runs.provenance import provenance
 from rlhfscale.samplers.vllm import EngineDied, NotInstalled
-from rlhfscale.study.params import ParamsError
-from rlhfscale.study.results import provenance
+
+
+class CannotEvaluate(ValueError):
+    """Options that do not fit, a judge that cannot be used, or a cost above the limit; the message says which."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ def run(options: Options, folder: Path, console: Console) -> None:
     """Evaluate, write ``folder`` and print the estimates.
 
     Raises:
-        ParamsError: options that do not fit, a judge that cannot be used, a cost above the limit.
+        CannotEvaluate: options that do not fit, a judge that cannot be used, a cost above the limit.
         FileNotFoundError: a model folder or a benchmark's file is missing.
         typer.Exit: 1, after a message, where too many verdicts are missing.
     """
@@ -90,9 +94,9 @@ def run(options: Options, folder: Path, console: Console) -> None:
         typer.echo(f"failed: {error}\nreplies that came are kept, running again asks for the rest", err=True)
         raise typer.Exit(1) from None
     except (JudgeError, ModuleNotFoundError, NotInstalled) as error:
-        raise ParamsError(str(error)) from None
+        raise CannotEvaluate(str(error)) from None
     except ValueError as error:
-        raise ParamsError(" ".join(str(error).split())) from None
+        raise CannotEvaluate(" ".join(str(error).split())) from None
     about = asdict(replace(options, data=str(options.data) if options.data else None))
     manifest = {"options": about, "policy_revision": policy.revision, **provenance()}
     manifest |= {"judge_revision": judge.revision} if judge else {}
@@ -127,4 +131,4 @@ def _judge(options: Options):
 def _announce(cost: Estimate, max_usd: float | None, console: Console) -> None:
     console.print(str(cost), highlight=False, soft_wrap=True)
     if max_usd is not None and cost.max_usd > max_usd:
-        raise ParamsError(f"max-usd: this may cost {cost.max_usd:.2f} USD, more than {max_usd:g}")
+        raise CannotEvaluate(f"max-usd: this may cost {cost.max_usd:.2f} USD, more than {max_usd:g}")

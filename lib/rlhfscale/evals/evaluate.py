@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from rlhfscale.evals import alpaca_eval, benchmarks, sources
+from rlhfscale.evals import alpaca_eval, benchmarks, logistic, mt_judged, sources
 from rlhfscale.evals.benchmarks import Ask
-from rlhfscale.evals.judge import Cache, Endpoint, Judge, Local, reward_judge
+from rlhfscale.evals.endpoint import Endpoint
+from rlhfscale.evals.judge import Cache, Judge
+from rlhfscale.evals.local_judges import Local, reward_judge
 from rlhfscale.evals.revisions import SMOLLM2, folder_revision
 from rlhfscale.models.files import replace_file
 from rlhfscale.runs import paths
@@ -120,7 +122,7 @@ def open_judge(
         key_variable: environment variable that holds the key; a local server needs none.
         revision: of an endpoint's model, for the cache; of a local one it is computed.
         tensor_parallel, pipeline_parallel: of a vllm judge, see `samplers.vllm.VLLM`.
-        options: of `judge.Endpoint`.
+        options: of `endpoint.Endpoint`.
 
     Raises:
         ValueError: another kind of judge, an endpoint without an address.
@@ -222,53 +224,89 @@ def evaluate(
         raise ValueError(f"judge: {benchmark} {'is decided by its verifier' if verified else 'needs a judge'}")
     if baseline is not None and benchmark != "mt_bench":
         raise ValueError(f"baseline: {benchmark} has a baseline of its own, or none")
-    rng, kept = np.random.default_rng(BOOTSTRAP_SEED), paths.store_root() / "answers"
-    about = {"policy": policy.name}
-
+    if verified:
+        return _solved(policy, benchmark, decoding, data, num_questions)
     if benchmark == "mt_bench":
-        questions = subset(sources.mt_bench_questions(data), num_questions)
-        prompts = sources.mt_bench_prompts(data)
-        turns, ids = [question.turns for question in questions], [question.question_id for question in questions]
-        given = answers_of(policy, turns, decoding, kept)
-        found, tables = {}, []
-        if not ask.judge.scores:
-            found["scores"] = benchmarks.mt_single(questions, prompts, given, ask)
-            tables.append(benchmarks.mt_summary(found["scores"], rng, **about))
-        if baseline is not None:
-            other = answers_of(baseline, turns, decoding, kept)
-            found["pairs"] = benchmarks.mt_pairs(questions, prompts, given, other, ask)
-            tables.append(benchmarks.mt_pair_summary(found["pairs"], rng, **about))
-        if not tables:
-            raise ValueError("judge: one that gives scores takes MT-Bench in pairs only: give --baseline")
-        return Evaluation(found, pd.concat(tables, ignore_index=True), _shown(ids, turns, given))
+        return _mt_bench(policy, baseline, ask, decoding, data, num_questions)
+    return _chats(policy, benchmark, ask, decoding, data, revision, num_questions, seed)
 
-    if benchmark in ("alpaca_eval", "arena_hard"):
-        chats, template = getattr(sources, benchmark)(data, revision)
-        chats = chats[:num_questions]
-        turns, ids = [[chat.instruction] for chat in chats], [chat.question_id for chat in chats]
-        given = answers_of(policy, turns, decoding, kept)
-        texts = [first for (first,) in given]
-        if benchmark == "alpaca_eval":
-            table = benchmarks.alpaca(chats, template, texts, ask, seed=seed)
-            summary = benchmarks.alpaca_summary(table, rng, *_length_control(data, revision, len(chats)), **about)
-            return Evaluation({"preferences": table}, summary, _shown(ids, turns, given))
-        version = "v2.0" if any(chat.category for chat in chats) else "v0.1"
-        table = benchmarks.arena(chats, template, texts, ask, model=policy.name, version=version)
-        summary = benchmarks.arena_summary(table, rng, version, **about)
-        return Evaluation({"games": table}, summary, _shown(ids, turns, given))
 
+def _mt_bench(
+    policy: Policy,
+    baseline: Policy | None,
+    ask: Ask,
+    decoding: Decoding,
+    data: Path | None,
+    num_questions: int | None,
+) -> Evaluation:
+    """MT-Bench: scores of each turn, and comparisons in pairs with a baseline."""
+    rng, about = np.random.default_rng(BOOTSTRAP_SEED), {"policy": policy.name}
+    questions = subset(sources.mt_bench_questions(data), num_questions)
+    prompts = sources.mt_bench_prompts(data)
+    turns, ids = [question.turns for question in questions], [question.question_id for question in questions]
+    given = answers_of(policy, turns, decoding, kept_answers())
+    found, tables = {}, []
+    if not ask.judge.scores:
+        found["scores"] = mt_judged.mt_single(questions, prompts, given, ask)
+        tables.append(mt_judged.mt_summary(found["scores"], rng, **about))
+    if baseline is not None:
+        other = answers_of(baseline, turns, decoding, kept_answers())
+        found["pairs"] = mt_judged.mt_pairs(questions, prompts, given, other, ask)
+        tables.append(mt_judged.mt_pair_summary(found["pairs"], rng, **about))
+    if not tables:
+        raise ValueError("judge: one that gives scores takes MT-Bench in pairs only: give --baseline")
+    return Evaluation(found, pd.concat(tables, ignore_index=True), _shown(ids, turns, given))
+
+
+def _chats(
+    policy: Policy,
+    benchmark: str,
+    ask: Ask,
+    decoding: Decoding,
+    data: Path | None,
+    revision: str | None,
+    num_questions: int | None,
+    seed: int,
+) -> Evaluation:
+    """AlpacaEval and Arena-Hard: one answer to each instruction, against the benchmark's own baseline."""
+    rng, about = np.random.default_rng(BOOTSTRAP_SEED), {"policy": policy.name}
+    chats, template = getattr(sources, benchmark)(data, revision)
+    chats = chats[:num_questions]
+    turns, ids = [[chat.instruction] for chat in chats], [chat.question_id for chat in chats]
+    given = answers_of(policy, turns, decoding, kept_answers())
+    texts = [first for (first,) in given]
+    if benchmark == "alpaca_eval":
+        table = benchmarks.alpaca(chats, template, texts, ask, seed=seed)
+        summary = benchmarks.alpaca_summary(table, rng, *_length_control(data, revision, len(chats)), **about)
+        return Evaluation({"preferences": table}, summary, _shown(ids, turns, given))
+    version = "v2.0" if any(chat.category for chat in chats) else "v0.1"
+    table = benchmarks.arena(chats, template, texts, ask, model=policy.name, version=version)
+    summary = benchmarks.arena_summary(table, rng, version, **about)
+    return Evaluation({"games": table}, summary, _shown(ids, turns, given))
+
+
+def _solved(
+    policy: Policy, benchmark: str, decoding: Decoding, data: Path | None, num_questions: int | None
+) -> Evaluation:
+    """GSM8K and MATH: several answers to each problem, graded by the verifier."""
     problems = sources.problems(benchmark, data)[:num_questions]
     turns = [[benchmarks.SOLVE[benchmark].format(question=problem.question)] for problem in problems]
     repeated = [messages for messages in turns for _ in range(decoding.num_samples)]
-    flat = answers_of(policy, repeated, decoding, kept)
+    flat = answers_of(policy, repeated, decoding, kept_answers())
     samples = [
         [text for (text,) in flat[start : start + decoding.num_samples]]
         for start in range(0, len(flat), decoding.num_samples)
     ]
     table = benchmarks.graded(benchmark, problems, samples)
     ids = [problem.question_id for problem in problems]
-    summary = benchmarks.graded_summary(benchmark, table, rng, **about)
+    rng = np.random.default_rng(BOOTSTRAP_SEED)
+    summary = benchmarks.graded_summary(benchmark, table, rng, policy=policy.name)
     return Evaluation({"grades": table}, summary, _shown(ids, turns, samples))
+
+
+def kept_answers() -> Path:
+    """Where answers are kept, so that an interrupted evaluation goes on."""
+    return paths.store_root() / "answers"
 
 
 def subset(questions: Sequence[Any], num_questions: int | None) -> list[Any]:
@@ -286,7 +324,7 @@ def subset(questions: Sequence[Any], num_questions: int | None) -> list[Any]:
 
 def _length_control(
     data: Path | None, revision: str | None, count: int
-) -> tuple[np.ndarray | None, alpaca_eval.Rows | None]:
+) -> tuple[np.ndarray | None, logistic.Rows | None]:
     """The authors' difficulties and gamed rows, where they are; (None, None) where not."""
     try:
         paths_of = [

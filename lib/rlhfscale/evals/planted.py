@@ -7,7 +7,8 @@ import numpy as np
 from scipy.optimize import brentq
 from scipy.special import expit
 
-from rlhfscale.evals.alpaca_eval import Annotations, Rows, gamed_rows, lc_interval, length_controlled, length_feature
+from rlhfscale.evals.alpaca_eval import Annotations, gamed_rows, lc_interval, length_controlled, length_feature
+from rlhfscale.evals.logistic import Rows
 
 DIFFICULTY_WEIGHT = 0.8
 """Of an instruction's difficulty, which is standard normal; as large as the published fits find it."""

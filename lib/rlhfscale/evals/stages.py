@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from rlhfscale.evals import benchmarks, evaluate, planted, sources, specs
+from rlhfscale.evals import benchmarks, evaluate, mt_judged, planted, sources, specs
 from rlhfscale.evals.judge import Cache
 from rlhfscale.runs.spec import Inputs
 from rlhfscale.runs.store import scratch
@@ -30,9 +30,9 @@ def mt_bench(spec: specs.MTBench, inputs: Inputs, folder: Path) -> None:
     with scratch(folder) as kept:
         ask = benchmarks.Ask(judge, Cache(kept), **about)
         if not judge.scores:
-            tables = [benchmarks.mt_single(questions, prompts, given[s], ask).assign(stage=s) for s in given]
+            tables = [mt_judged.mt_single(questions, prompts, given[s], ask).assign(stage=s) for s in given]
             pd.concat(tables).to_csv(folder / "scores.csv", index=False)
-        pairs = benchmarks.mt_pairs(questions, prompts, given["after"], given["before"], ask)
+        pairs = mt_judged.mt_pairs(questions, prompts, given["after"], given["before"], ask)
         pairs.to_csv(folder / "pairs.csv", index=False)
 
 

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 
 from rlhfscale.evals import specs
 from rlhfscale.models.checkpoints import shape_of
-from rlhfscale.planning.passes import Decode, Network, Rows
+from rlhfscale.planning.network import Network
+from rlhfscale.planning.passes import Decode, Rows
 from rlhfscale.planning.workloads import Lengths, Phase, Workload
 from rlhfscale.runs.spec import Spec
 

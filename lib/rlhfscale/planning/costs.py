@@ -13,7 +13,8 @@ from typing import Any
 
 from rlhfscale.planning.hardware import Hardware
 from rlhfscale.planning.memory import Layout, Memory, peak, tokens_together
-from rlhfscale.planning.passes import Decode, Network, Pass
+from rlhfscale.planning.network import Network
+from rlhfscale.planning.passes import Decode, Pass
 from rlhfscale.planning.schedule import Simulation, Task, simulate
 from rlhfscale.planning.workloads import Phase, Workload, is_known, workload
 from rlhfscale.runs import grid

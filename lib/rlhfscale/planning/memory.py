@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from rlhfscale.planning.passes import Decode, Kernels, Pass
+from rlhfscale.planning.network import Kernels
+from rlhfscale.planning.passes import Decode, Pass
 from rlhfscale.planning.workloads import Phase, Workload
 
 PARTS = ("weights", "adapters", "learner", "activations", "cache", "data", "runtime")

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rlhfscale.planning.passes import Decode, Kernels, Network, Pass, Rows, merge_flops
+from rlhfscale.planning.network import Kernels, Network, merge_flops
+from rlhfscale.planning.passes import Decode, Pass, Rows
 from rlhfscale.runs.spec import Spec
 
 ROLLOUT_BATCH = 1024

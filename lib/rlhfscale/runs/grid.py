@@ -15,18 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
-from rich.text import Text
 
 from rlhfscale.runs.pool import LocalPool, Outcome, Pool
+from rlhfscale.runs.progress import Progress
 from rlhfscale.runs.spec import Spec
 from rlhfscale.runs.store import Store, StoreError
 
 MAX_ATTEMPTS = 2  # a node whose worker process died is tried once more
 MAX_ATTEMPTS_ON_RAY = 4  # there machines come and go
-PLAIN_LINE_S = 15.0  # between progress lines where there is no terminal
 
 Specs = Iterable[Spec] | Iterable[Iterable[Spec]] | Mapping[str, Iterable[Spec]]
 """Specs, or groups of specs in order of importance; a mapping gives the groups names."""
@@ -263,7 +261,7 @@ class _Run:
     def __init__(self, todo: Plan, store: Store, results: Results, console: Console, on_done, progress: bool, ray):
         self.plan, self.nodes, self.store, self.results = todo, todo.nodes, store, results
         self.console, self.on_done, self.ray = console, on_done, ray
-        self.progress = _Progress(self, console) if progress else None
+        self.progress = Progress(self, console) if progress else None
         self.pool: Pool | None = None
         self.estimated_s = self.spent_s = 0.0  # of nodes done: their ratio corrects the time left
         self.start = time.monotonic()
@@ -385,63 +383,8 @@ class _Run:
         return max(work / self.plan.workers, chain)
 
 
-class _Progress:
-    """A line with counts, what runs and the time left: live on a terminal or in a notebook, else now and then."""
-
-    def __init__(self, run: _Run, console: Console):
-        self.run, self.console = run, console
-        self.live = Live(console=console, auto_refresh=False) if console.is_terminal else None
-        self.notebook = None
-        self.next_line = 0.0
-
-    def line(self) -> str:
-        count = Counter(node.status for node in self.run.nodes.values())
-        finished = count["done"] + count["cached"]
-        running = ", ".join(node.spec.title for node in self.run.running)
-        broken = f"[red]{count['failed']} failed, {count['skipped']} skipped[/]  " if count["failed"] else ""
-        return (
-            f"[green]{finished}/{len(self.run.nodes)} done[/]  {count['running']} under way  {broken}"
-            f"{_clock(time.monotonic() - self.run.start)} elapsed, about {_clock(self.run.left_s())} left"
-            f"  [dim]{escape(running)}[/]"
-        )
-
-    def begin(self) -> None:
-        if self.console.is_jupyter:
-            from IPython.display import display
-
-            self.notebook = display(self.bundle(), raw=True, display_id=True)
-        elif self.live:
-            self.live.start()
-        self.next_line = time.monotonic() + PLAIN_LINE_S
-
-    def tick(self) -> None:
-        if self.notebook:
-            self.notebook.update(self.bundle(), raw=True)
-        elif self.live:
-            self.live.update(self.line(), refresh=True)
-        elif time.monotonic() >= self.next_line:
-            self.next_line = time.monotonic() + PLAIN_LINE_S
-            self.run.say(self.line())
-
-    def end(self) -> None:
-        if self.notebook:
-            self.notebook.update(self.bundle(), raw=True)
-        elif self.live:
-            self.live.update(self.line(), refresh=True)
-            self.live.stop()
-        else:
-            self.run.say(self.line())
-
-    def bundle(self) -> dict[str, str]:
-        return {"text/plain": Text.from_markup(self.line()).plain}
-
-
 def _priority(node: Node) -> tuple:
     return node.group, -node.path_s, node.spec.key
-
-
-def _clock(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
 def _groups(specs: Specs) -> dict[str, tuple[Spec, ...]]:

@@ -1,8 +1,8 @@
 """A worker process of `runs.pool`: makes one artifact after another until its driver is gone.
 
 Started as ``python -m rlhfscale.runs.worker DESCRIPTOR DRIVER_PID``, with one thread for every numerical library set in
-its environment. A plain subprocess rather than multiprocessing's spawn: it never imports the driver's ``__main__``, so it
-works the same below a Jupyter kernel, a script without a main guard and a test.
+its environment. It is a plain subprocess and not one of multiprocessing: it never imports the driver's ``__main__``, so
+it works the same below a Jupyter kernel, a script without a main guard, and a test.
 """
 
 import faulthandler

@@ -1,7 +1,7 @@
 """The recipe of a tier: every setting that its figures hold fixed, read from ``params/<tier>/recipe.yaml``.
 
-A figure's own parameters are what it varies (rungs, seeds, sizes). All else comes from the recipe: two figures that need
-the same model describe it in the same way, and share it.
+A figure's own parameters are what it varies (rungs, seeds, sizes). All else comes from the recipe: so two figures that
+need the same model describe it in the same way, and share it.
 """
 
 from functools import lru_cache

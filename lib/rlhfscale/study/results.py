@@ -10,10 +10,7 @@ import io
 import json
 import math
 import os
-import platform
-import subprocess
 from collections.abc import Iterable, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,7 @@ import pandas as pd
 
 from rlhfscale.models.files import replace_file
 from rlhfscale.runs import paths
+from rlhfscale.runs.provenance import provenance
 from rlhfscale.study.rules import ClaimResult
 
 RUNS_COLUMNS = ("figure", "command", "node", "rung", "num_params", "seed", "metric", "value", "num_prompts")
@@ -31,7 +29,6 @@ SUMMARY_COLUMNS = ("quantity", "estimate", "ci_low", "ci_high", "ci_method", "nu
 PER_PROMPT_COLUMNS = ("node", "seed", "prompt_id", "metric", "value")
 """Required in per_prompt.csv.gz: the values behind the intervals."""
 FLOAT_FORMAT = "%.6g"
-PACKAGES = ("rlhfscale", "torch", "transformers", "peft", "trl", "numpy", "scipy", "pandas", "matplotlib")
 
 
 class ResultsFolder:
@@ -151,17 +148,6 @@ class ResultsFolder:
         return replace_file(self.path / name, content)
 
 
-def provenance() -> dict[str, Any]:
-    """What a manifest says of code and machine: commit, package versions, processor."""
-    return {
-        **_git_state(),
-        "packages": _versions(PACKAGES),
-        "python": platform.python_version(),
-        "cpu": _cpu_model(),
-        "cpu_cores": os.cpu_count(),
-    }
-
-
 def _csv(table: pd.DataFrame) -> bytes:
     return table.to_csv(index=False, float_format=FLOAT_FORMAT, lineterminator="\n").encode()
 
@@ -183,39 +169,6 @@ def _require_finite(table: pd.DataFrame, column: str, name: str) -> None:
 
 def _cost(manifest: Mapping[str, Any]) -> dict[str, float]:
     return {name: manifest[name] for name in ("wall_s", "cpu_s", "peak_memory_mib") if name in manifest}
-
-
-def _git_state() -> dict[str, Any]:
-    """Commit and whether the tree differs from it, results aside; both None outside a git checkout."""
-
-    def git(*arguments: str) -> str:
-        source = Path(__file__).resolve().parent
-        return subprocess.run(["git", *arguments], cwd=source, capture_output=True, text=True, check=True).stdout
-
-    try:
-        changed = git("status", "--porcelain", "--", ":/", ":(exclude,top)results")
-        return {"git_commit": git("rev-parse", "HEAD").strip(), "git_dirty": bool(changed.strip())}
-    except (OSError, subprocess.CalledProcessError):
-        return {"git_commit": None, "git_dirty": None}
-
-
-def _versions(packages: Iterable[str]) -> dict[str, str]:
-    versions = {}
-    for package in packages:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
-
-
-def _cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _sha256(content: bytes) -> str:
