@@ -1,7 +1,8 @@
 """Does the mix of a reward model's data matter? (claim C7)
 
-Reward models are trained on mixes of comparisons, right or wrong responses (rejection sampling) and right or wrong
-steps (process supervision), at two budgets of labels. The claim is about differences between the three kinds alone.
+A reward model can learn from three kinds of label: comparisons of responses (preference), right or wrong responses
+(rejection sampling) and right or wrong steps (process supervision). Reward models are trained on several mixes of the
+three, with a small and with a large number of labelled prompts. The claim compares the three kinds, each used alone.
 """
 
 from itertools import product
@@ -20,27 +21,21 @@ from rlhfscale.study import style
 from rlhfscale.study.artifacts import Folders, best_of_n_gain, pair_accuracy, read_responses
 from rlhfscale.study.figure import OnePolicy
 from rlhfscale.study.params import field
-from rlhfscale.study.rules import Claim, Part, Rule, register
+from rlhfscale.study.rules import Claim, ClaimResult, Part, Rule, register
 from rlhfscale.study.tables import Collector, Tables, mean_intervals, new_rng
 
-MIX_MARGIN = 0.01
-"""Difference in exact accuracy below which two kinds of label count as equal."""
-MIX_CONTRASTS = (
-    "preference minus rejection sampling",
-    "preference minus process",
-    "rejection sampling minus process",
-)
-MIX_CONFIDENCE = 1 - 0.05 / len(MIX_CONTRASTS)
-"""Bonferroni: the three hold together at 95%."""
 KINDS = ("preference", "rejection sampling", "process")
-"""What the shares of a mix are of: comparisons, right or wrong responses, right or wrong steps."""
+"""The kinds of label: comparisons, right or wrong responses, right or wrong steps."""
+SHARES = {kind: f"share_{kind.replace(' ', '_')}" for kind in KINDS}
+"""The column of each kind's share in the tables."""
 Mix = tuple[float, float, float]
-"""Shares of the kinds."""
+"""Shares of the three kinds of label, in the order of `KINDS`; they sum to 1."""
 CORNERS: tuple[Mix, ...] = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
+"""The mixes of one kind alone."""
 
 
 class Params(OnePolicy):
-    """C7: reward models from mixes of three kinds of label, at two label budgets."""
+    """Reward models from mixes of three kinds of label, at two numbers of labelled prompts."""
 
     figure: ClassVar[str] = "07_data_composition"
     from_scratch: ClassVar[str] = "07_data_composition needs labels of steps, and answers to its questions have none"
@@ -77,11 +72,11 @@ class Params(OnePolicy):
         return self
 
     def cells(self) -> list[tuple[Mix, int]]:
-        """Mix and labelled prompts of each reward model."""
+        """Return the mix and the number of labelled prompts of each reward model."""
         return list(product(self.mixes, self.labelled_prompts))
 
     def reward_model(self, mix: Mix, prompts: int, seed: int) -> specs.MixedRewardModel:
-        """Budgets share their labelled samples: the smaller takes the first prompts."""
+        """Return a reward model's spec. All sizes share their labelled responses: the smaller takes the first ones."""
         whole = self.settings.reward_model(self.reward_model_rung, seed)
         share = -(-self.labelled_prompts[-1] // len(whole.data))
         shared = ("base", "held_out", "epochs", "prompts_per_batch", "lr", "muon_lr", "lora_rank", "seed")
@@ -112,6 +107,16 @@ class Params(OnePolicy):
         return (*super().specs(), self.samples, *models, *scored)
 
 
+MIX_MARGIN = 0.01
+"""Difference in exact accuracy below which two kinds of label count as equal."""
+MIX_CONTRASTS = (
+    "preference minus rejection sampling",
+    "preference minus process",
+    "rejection sampling minus process",
+)
+MIX_CONFIDENCE = 1 - 0.05 / len(MIX_CONTRASTS)
+"""Confidence of each interval, by Bonferroni's correction: the three hold together at 95%."""
+
 CLAIM = register(
     Claim(
         id="C7",
@@ -135,69 +140,69 @@ CLAIM = register(
 )
 
 
-def measure(P: Params, folders: Folders) -> Tables:
-    """C7: accuracy within a prompt, best-of-N and PPO by mix and budget, contrasts between kinds, and what a larger
-    budget brings to each."""
-    found = Collector(P, folders)
-    drawn = read_responses(folders, P.samples)
-    values = {}
+def measure(P: Params, made: Folders) -> Tables:
+    """Return the accuracy of reward models, of best-of-N and of PPO for each mix, and the differences between kinds.
+
+    The summary also says what the larger number of labelled prompts brings to each kind alone.
+    """
+    found = Collector(P, made)
+    exact = read_responses(made, P.samples).exact
+    gains = {}  # of best-of-N, each [seed][prompt]
     for mix, prompts in P.cells():
         about = _shares(mix) | {"labelled_prompts": prompts}
+        pairs, gains[mix, prompts] = [], []
         for seed in P.seeds:
             model, scores = P.reward_model(mix, prompts, seed), P.scores(mix, prompts, seed)
-            for name, spec, value in (
-                ("pair_accuracy", model, pair_accuracy(folders, model)),
-                ("best_of_n_gain", scores, best_of_n_gain(folders, scores, drawn.exact, P.best_of)),
-            ):
-                values.setdefault((name, mix, prompts), []).append(value)
-                found.add(spec, seed, name, value, **about)
-    for (name, mix, prompts), by_seed in values.items():
-        interval = mean_intervals(np.array(by_seed)[None]).split()[0]
-        found.summary.append(summary_row(name, interval, **_shares(mix), labelled_prompts=prompts))
-    small, large = P.labelled_prompts
-    gains = {size: np.array([values["best_of_n_gain", mix, size] for mix in CORNERS]) for size in (small, large)}
-    options = {"rng": new_rng(), "on": "means", "confidence": MIX_CONFIDENCE}
-    parts = nested_bootstrap(gains[large], contrasts, **options).split()
-    gain = nested_bootstrap(gains[large].mean(0), np.mean, **options)
-    result = CLAIM.judge(dict(zip(MIX_CONTRASTS, parts, strict=True)) | {"mean gain": gain})
-    found.summary.append(summary_row("gain_in_all", gain, labelled_prompts=large))
-    for contrast, part in zip(MIX_CONTRASTS, parts, strict=True):
-        row = summary_row("contrast", part, contrast=contrast, labelled_prompts=large)
-        found.summary.append(row | {"verdict": result.verdict})
-    growth = gains[large] - gains[small]
-    for kind, interval in zip(KINDS, mean_intervals(growth).split(), strict=True):
-        found.summary.append(summary_row("larger_budget_gain", interval, kind=kind))
-    for contrast, part in zip(MIX_CONTRASTS, nested_bootstrap(growth, contrasts, **options).split(), strict=True):
-        found.summary.append(summary_row("larger_budget_contrast", part, contrast=contrast))
+            pairs.append(pair_accuracy(made, model))
+            gains[mix, prompts].append(best_of_n_gain(made, scores, exact, P.best_of))
+            found.add(model, seed, "pair_accuracy", pairs[-1], **about)
+            found.add(scores, seed, "best_of_n_gain", gains[mix, prompts][-1], **about)
+        for name, values in (("pair_accuracy", pairs), ("best_of_n_gain", gains[mix, prompts])):
+            found.summary.append(summary_row(name, mean_intervals(np.array([values])).split()[0], **about))
+    result = _compare_kinds(P, found, *(np.array([gains[mix, size] for mix in CORNERS]) for size in P.labelled_prompts))
     before = found.before()[[P.seeds.index(seed) for seed in P.ppo_seeds]]
     for mix in P.mixes:
-        about = _shares(mix) | {"labelled_prompts": large}
+        about = _shares(mix) | {"labelled_prompts": P.labelled_prompts[-1]}
         gain = found.after([P.policy(mix, seed) for seed in P.ppo_seeds], **about) - before
         found.summary.append(summary_row("ppo_gain", mean_intervals(gain[None]).split()[0], **about))
     return found.tables(result)
 
 
+def _shares(mix: Mix) -> dict[str, float]:
+    return dict(zip(SHARES.values(), mix, strict=True))
+
+
+def _compare_kinds(P: Params, found: Collector, small: np.ndarray, large: np.ndarray) -> ClaimResult:
+    """Judge the claim by gains of best-of-N from one kind alone [kind, seed, prompt], and add the summary's rows."""
+    options = {"rng": new_rng(), "on": "means", "confidence": MIX_CONFIDENCE}
+    parts = dict(zip(MIX_CONTRASTS, nested_bootstrap(large, contrasts, **options).split(), strict=True))
+    gain = nested_bootstrap(large.mean(0), np.mean, **options)
+    result = CLAIM.judge(parts | {"mean gain": gain})
+    about = {"labelled_prompts": P.labelled_prompts[-1]}
+    found.summary.append(summary_row("gain_in_all", gain, **about))
+    for contrast, part in parts.items():
+        row = summary_row("contrast", part, contrast=contrast, **about)
+        found.summary.append(row | {"verdict": result.verdict})
+    growth = large - small
+    for kind, part in zip(KINDS, mean_intervals(growth).split(), strict=True):
+        found.summary.append(summary_row("larger_budget_gain", part, kind=kind))
+    for contrast, part in zip(MIX_CONTRASTS, nested_bootstrap(growth, contrasts, **options).split(), strict=True):
+        found.summary.append(summary_row("larger_budget_contrast", part, contrast=contrast))
+    return result
+
+
 def contrasts(means: np.ndarray) -> np.ndarray:
-    """Differences between the kinds, in the order of `MIX_CONTRASTS`."""
+    """Return the differences between the means of the three kinds, in the order of `MIX_CONTRASTS`."""
     preference, rejection, process = means
     return np.array([preference - rejection, preference - process, rejection - process])
 
 
-def _shares(mix: Mix) -> dict[str, float]:
-    return {f"share_{kind.replace(' ', '_')}": share for kind, share in zip(KINDS, mix, strict=True)}
-
-
-KIND_COLORS = {
-    "share_preference": ("preference", style.CATEGORIES[0]),
-    "share_rejection_sampling": ("rejection sampling", style.CATEGORIES[1]),
-    "share_process": ("process", style.CATEGORIES[2]),
-}
-"""Label and colour of each kind of label, by the column of its share."""
+KIND_COLORS = dict(zip(KINDS, style.CATEGORIES[:3], strict=True))
 
 
 @style.styled
 def draw(runs: pd.DataFrame, summary: pd.DataFrame) -> Figure:
-    """C7: the mixes as points of a triangle, coloured by what their reward models reach; and each kind by budget.
+    """Draw the mixes as points of a triangle, coloured by what their reward models reach, and each kind by budget.
 
     Args:
         runs: ``share_preference``, ``share_rejection_sampling``, ``share_process``, ``labelled_prompts``, ``seed``,
@@ -210,26 +215,22 @@ def draw(runs: pd.DataFrame, summary: pd.DataFrame) -> Figure:
     caption = (
         f"{style.interval_caption(summary, 'dots: seeds; bars: ')} "
         f"Best-of-N at the larger budget (98.3% intervals): {said}. "
-        f"C7: {contrasts.iloc[0].verdict}."
+        f"{CLAIM.id}: {contrasts.iloc[0].verdict}."
     )
     figure, axes, legend = style.new_figure(2, 2, 4.6, caption)
-    largest = summary["labelled_prompts"].max()
+    largest = summary[summary["labelled_prompts"] == summary["labelled_prompts"].max()]
     titles = {"pair_accuracy": "within-prompt accuracy", "best_of_n_gain": "best-of-N gain", "ppo_gain": "PPO gain"}
     for axis, (name, title) in zip(axes.flat, titles.items(), strict=False):
-        rows = style.select(summary, name)
-        _triangle(figure, axis, rows[rows["labelled_prompts"] == largest], title)
+        _triangle(figure, axis, style.select(largest, name), title)
     axis, handles = axes[1, 1], []
     gains, dots = style.select(summary, "best_of_n_gain"), runs[runs["metric"] == "best_of_n_gain"]
-    for index, (share, (label, color)) in enumerate(KIND_COLORS.items()):
+    for index, (kind, color) in enumerate(KIND_COLORS.items()):
         beside = 2 ** (0.12 * (index - 1))
-        for table, draw in ((dots, style.draw_dots), (gains, style.draw_estimates)):
-            alone = table[table[share] == 1.0]
-            alone = alone.assign(place=alone["labelled_prompts"] * beside)
-            if draw is style.draw_dots:
-                style.draw_dots(axis, alone, "place", color, size=5)
-            else:
-                style.draw_estimates(axis, alone, "place", color=color, marker="o")
-        handles.append(Line2D([], [], color=color, marker="o", label=f"{label} alone"))
+        seeds, alone = (table[table[SHARES[kind]] == 1.0] for table in (dots, gains))
+        style.draw_dots(axis, seeds.assign(place=seeds["labelled_prompts"] * beside), "place", color, size=5)
+        alone = alone.assign(place=alone["labelled_prompts"] * beside)
+        style.draw_estimates(axis, alone, "place", color=color, marker="o")
+        handles.append(Line2D([], [], color=color, marker="o", label=f"{kind} alone"))
     budgets = sorted(gains["labelled_prompts"].astype(int).unique())
     style.doubling_axis(axis, budgets, [style.human_number(count) for count in budgets])
     axis.set(title="each kind by budget", xlabel="labelled prompts", ylabel="best-of-N gain in accuracy")
@@ -238,19 +239,15 @@ def draw(runs: pd.DataFrame, summary: pd.DataFrame) -> Figure:
 
 
 def _triangle(figure: Figure, axis, rows: pd.DataFrame, title: str) -> None:
-    """Points in a triangle whose corners are the kinds, coloured and labelled by their estimates."""
-    corners = dict(zip(KIND_COLORS, ((0.0, 0.0), (1.0, 0.0), (0.5, np.sqrt(0.75))), strict=True))
-    x, y = (sum(rows[share] * corner[i] for share, corner in corners.items()) for i in (0, 1))
-    edge = np.array([*corners.values(), (0.0, 0.0)])
-    axis.plot(edge[:, 0], edge[:, 1], color="0.6", linewidth=0.8, zorder=1)
-    picture = axis.scatter(x, y, c=rows["estimate"], cmap="viridis", s=60, zorder=2)
-    for place in zip(x, y, rows["estimate"], strict=True):
-        axis.annotate(f"{place[2]:.3f}", place[:2], (0, 6), textcoords="offset points", ha="center", fontsize=6)
-    for share, (label, _) in KIND_COLORS.items():
-        at, top = corners[share], share == "share_process"
-        offset = (0, 14) if top else (0, -12)
-        axis.annotate(label, at, offset, textcoords="offset points", ha="center", fontsize=7)
+    """Draw mixes in a triangle whose corners are the kinds, coloured and labelled by their estimates."""
+    corners = np.array([(0.0, 0.0), (1.0, 0.0), (0.5, np.sqrt(0.75))])
+    places = rows[[*SHARES.values()]].to_numpy() @ corners
+    axis.plot(*corners[[0, 1, 2, 0]].T, color="0.6", linewidth=0.8, zorder=1)
+    points = axis.scatter(*places.T, c=rows["estimate"], cmap="viridis", s=60, zorder=2)
+    labels = [(f"{value:.3f}", place, 6, 6) for value, place in zip(rows["estimate"], places, strict=True)]
+    labels += [(kind, corner, above, 7) for kind, corner, above in zip(KINDS, corners, (-12, -12, 14), strict=True)]
+    for text, place, above, size in labels:
+        axis.annotate(text, place, (0, above), textcoords="offset points", ha="center", fontsize=size)
     axis.set(title=title, xlim=(-0.25, 1.25), ylim=(-0.2, 1.15), aspect="equal")
     axis.axis("off")
-    axis.set_title(title)
-    figure.colorbar(picture, ax=axis, shrink=0.7)
+    figure.colorbar(points, ax=axis, shrink=0.7)

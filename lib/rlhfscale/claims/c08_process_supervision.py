@@ -1,9 +1,11 @@
 """Does process supervision win on its own task, and generalise worse to others? (claim C8)
 
-Outcome and process reward models are trained on the same responses, to one task family or to both, and choose among
-responses (best-of-N) on the family that they were trained on and on the other one.
+An outcome reward model learns from right and wrong final answers, a process reward model from right and wrong steps.
+Both are trained on the same responses, to tasks of one family or of both. They then choose among new responses
+(best-of-N), on the task family that they were trained on and on the other one.
 """
 
+from functools import partial
 from itertools import product
 from typing import ClassVar, Literal, Self
 
@@ -17,7 +19,7 @@ from safetensors.numpy import load_file
 from rlhfscale.bed import ladder, specs
 from rlhfscale.bed.recipe import FAMILIES
 from rlhfscale.runs.spec import Spec
-from rlhfscale.stats.bootstrap import nested_bootstrap, summary_row
+from rlhfscale.stats.bootstrap import Interval, nested_bootstrap, summary_row
 from rlhfscale.stats.fits import slope_per_doubling
 from rlhfscale.study import style
 from rlhfscale.study.artifacts import Folders, best_of_n_gain, read_responses
@@ -29,12 +31,12 @@ from rlhfscale.study.tables import Collector, Tables, mean_intervals, new_rng
 Kind = Literal["outcome", "process"]
 KINDS: tuple[Kind, ...] = ("outcome", "process")
 EVERY = "both"
-"""Name of the training data of all families."""
+"""Name of the training data that hold tasks of all families."""
 TRAINED_ON = (*FAMILIES, EVERY)
 
 
 class Params(OnePolicy):
-    """C8: outcome and process reward models from the same responses, on the task they were trained on and on others."""
+    """Outcome and process reward models that are trained on the same responses, on one task family or on both."""
 
     figure: ClassVar[str] = "08_process_supervision"
     from_scratch: ClassVar[str] = "08_process_supervision needs labels of steps, and answers to its questions have none"
@@ -79,7 +81,7 @@ class Params(OnePolicy):
         )
 
     def cells(self) -> list[tuple[Kind, str, str]]:
-        """Kind, rung and training data of each reward model."""
+        """Return the kind, the rung and the training data of each reward model."""
         return list(product(KINDS, self.reward_model_rungs, TRAINED_ON))
 
     @property
@@ -90,7 +92,7 @@ class Params(OnePolicy):
         return self.settings.scores(self.samples, self.reward_model(kind, rung, trained_on, seed))
 
     def policy(self, kind: Kind, seed: int) -> specs.Policy:
-        """The policy trained against a reward model of `ppo_rung` that was trained on every family."""
+        """Return the policy trained against a reward model of `ppo_rung` that was trained on both families."""
         policy = self.settings.policy(self.policy_rung, self.ppo_rung, seed)
         return policy.changed(reward_model=self.reward_model(kind, self.ppo_rung, EVERY, seed))
 
@@ -117,159 +119,137 @@ CLAIM = register(
     )
 )
 ROLES = ("own", "other", EVERY)
-"""Training data as a held-out prompt sees it: of its own family, of the other one, of both."""
+"""Training data as seen from a held-out prompt: tasks of the prompt's own family, of the other one, of both."""
 
 
-def measure(P: Params, folders: Folders) -> Tables:
-    """C8: best-of-N by kind of supervision and training data, step errors found, and PPO against either kind."""
-    found = Collector(P, folders)
-    drawn = read_responses(folders, P.samples)
+def measure(P: Params, made: Folders) -> Tables:
+    """Return gains of best-of-N and of PPO by kind of supervision, and how often wrong steps are found."""
+    found = Collector(P, made)
+    drawn = read_responses(made, P.samples)
     gains = {kind: _gains(P, kind, found, drawn.exact, drawn.family) for kind in KINDS}  # [role, rung, seed, prompt]
-    sizes = np.array([ladder.rung(rung).num_params for rung in P.reward_model_rungs], float)
-    for kind, values in gains.items():
-        for role, by_rung in zip(ROLES, values, strict=True):
-            about = {"kind": kind, "trained_on": role}
-            for rung, interval in zip(P.reward_model_rungs, mean_intervals(by_rung).split(), strict=True):
-                params = {"reward_model": rung, "reward_model_params": ladder.rung(rung).num_params}
-                found.summary.append(summary_row("best_of_n_gain", interval, **params, **about))
-            slope = nested_bootstrap(by_rung, lambda m: slope_per_doubling(sizes, m), rng=new_rng(), on="means")
-            found.summary.append(summary_row("best_of_n_slope", slope, **about))
+    sizes = [ladder.rung(rung).num_params for rung in P.reward_model_rungs]
+    for kind, role in product(KINDS, ROLES):
+        by_rung, about = gains[kind][ROLES.index(role)], {"kind": kind, "trained_on": role}
+        for rung, interval in zip(P.reward_model_rungs, mean_intervals(by_rung).split(), strict=True):
+            found.summary.append(summary_row("best_of_n_gain", interval, **_of_rung(rung), **about))
+        slope = nested_bootstrap(by_rung, partial(slope_per_doubling, sizes), rng=new_rng(), on="means")
+        found.summary.append(summary_row("best_of_n_slope", slope, **about))
     difference = (gains["process"] - gains["outcome"]).mean(1)  # [role, seed, prompt]
     parts = dict(zip(ROLES, mean_intervals(difference).split(), strict=True))
-    result = CLAIM.judge(dict(zip(CLAIM.rule.intervals, (parts["own"], parts["other"]), strict=True)))
+    result = CLAIM.judge({"own task": parts["own"], "other task": parts["other"]})
     for role, part in parts.items():
         found.summary.append(summary_row("process_minus_outcome", part, trained_on=role) | {"verdict": result.verdict})
-    own, other, every = (gains["process"].mean(1)[ROLES.index(role)] for role in ("own", "other", EVERY))
+    own, other, every = gains["process"].mean(1)
     for quantity, values in (("loss_of_transfer", own - other), ("diversity_effect", every - (own + other) / 2)):
-        interval = nested_bootstrap(values, np.mean, rng=new_rng(), on="means")
-        found.summary.append(summary_row(quantity, interval, kind="process"))
+        found.summary.append(summary_row(quantity, _mean(values), kind="process"))
     _step_errors(P, found)
-    _ppo(P, found)
+    before = found.before()
+    ppo = [found.after([P.policy(kind, seed) for seed in P.seeds], kind=kind, data=EVERY) - before for kind in KINDS]
+    for kind, interval in zip(KINDS, mean_intervals(np.array(ppo)).split(), strict=True):
+        found.summary.append(summary_row("ppo_gain", interval, kind=kind))
+    found.summary.append(summary_row("ppo_process_minus_outcome", _mean(ppo[1] - ppo[0])))
     return found.tables(result)
 
 
-def _gains(P: Params, kind: str, found: Collector, exact: np.ndarray, family: np.ndarray) -> np.ndarray:
-    """Best-of-N above one response, float64 [role, rung, seed, prompt]; adds rows by family and training data."""
-    by_data = {}
-    for rung in P.reward_model_rungs:
-        for trained_on in TRAINED_ON:
-            for seed in P.seeds:
-                spec = P.scores(kind, rung, trained_on, seed)
-                gain = best_of_n_gain(found.folders, spec, exact, P.best_of)
-                by_data[rung, trained_on, seed] = gain
-                about = {"kind": kind, "data": trained_on, "reward_model": rung}
-                about |= {"reward_model_params": ladder.rung(rung).num_params}
-                found.add(spec, seed, "best_of_n_gain", gain, **about)
-    values = np.empty((len(ROLES), len(P.reward_model_rungs), len(P.seeds), len(exact)))
-    at = family, np.arange(len(exact))
-    for r, rung in enumerate(P.reward_model_rungs):
-        for s, seed in enumerate(P.seeds):
-            of = {name: by_data[rung, name, seed] for name in TRAINED_ON}
-            values[0, r, s] = np.stack([of[name] for name in FAMILIES])[at]
-            others = [[of[name] for name in FAMILIES if name != own] for own in FAMILIES]
-            values[1, r, s] = np.mean(others, axis=1)[at]
-            values[2, r, s] = of[EVERY]
-    return values
+def _of_rung(rung: str) -> dict[str, str | int]:
+    return {"reward_model": rung, "reward_model_params": ladder.rung(rung).num_params}
+
+
+def _mean(values: np.ndarray) -> Interval:
+    """The interval of the mean of [seed, prompt]."""
+    return nested_bootstrap(values, np.mean, rng=new_rng(), on="means")
+
+
+def _gains(P: Params, kind: Kind, found: Collector, exact: np.ndarray, family: np.ndarray) -> np.ndarray:
+    """Best-of-N minus one response, float64 [role, rung, seed, prompt]; adds rows by family and training data."""
+    gains = []
+    for rung, trained_on, seed in product(P.reward_model_rungs, TRAINED_ON, P.seeds):
+        spec = P.scores(kind, rung, trained_on, seed)
+        gains.append(best_of_n_gain(found.folders, spec, exact, P.best_of))
+        found.add(spec, seed, "best_of_n_gain", gains[-1], kind=kind, data=trained_on, **_of_rung(rung))
+    by_data = np.reshape(gains, (len(P.reward_model_rungs), len(TRAINED_ON), len(P.seeds), len(exact)))
+    of_one, of_all = by_data[:, :-1], by_data[:, -1]
+    of_others = np.stack([np.delete(of_one, index, 1).mean(1) for index in range(len(FAMILIES))], 1)
+    own, other = (np.take_along_axis(values, family[None, None, None], 1)[:, 0] for values in (of_one, of_others))
+    return np.stack([own, other, of_all])
 
 
 def _step_errors(P: Params, found: Collector) -> None:
-    """Rows of how well process reward models find the first wrong step of held-out responses."""
-    for rung in P.reward_model_rungs:
-        for trained_on in TRAINED_ON:
-            by_seed = []
-            for seed in P.seeds:
-                spec = P.reward_model("process", rung, trained_on, seed)
-                held_out = load_file(found.folders[spec] / "held_out.safetensors")
-                by_family = [_f1(held_out, held_out["family"] == index) for index in range(len(FAMILIES))]
-                for family, value in zip(FAMILIES, by_family, strict=True):
-                    about = {"kind": "process", "data": trained_on, "family": family, "reward_model": rung}
-                    count = int((held_out["family"] == FAMILIES.index(family)).sum())
-                    metrics = {"first_error_f1": value}
-                    found.rows.add(spec, metrics, rung=P.policy_rung, seed=seed, num_prompts=count, **about)
-                by_seed.append(by_family)
-            about = {"kind": "process", "data": trained_on, "reward_model": rung}
-            about |= {"reward_model_params": ladder.rung(rung).num_params}
-            for family, values in zip(FAMILIES, np.transpose(by_seed), strict=True):
-                found.seeds_alone("first_error_f1", values, family=family, **about)
+    """Add rows of how well process reward models find the first wrong step of held-out responses."""
+    for rung, trained_on in product(P.reward_model_rungs, TRAINED_ON):
+        about, by_family = {"kind": "process", "data": trained_on}, {family: [] for family in FAMILIES}
+        for seed in P.seeds:
+            spec = P.reward_model("process", rung, trained_on, seed)
+            held_out = load_file(found.folders[spec] / "held_out.safetensors")
+            for index, (family, values) in enumerate(by_family.items()):
+                chosen = held_out["family"] == index
+                values.append(_f1(held_out, chosen))
+                counted = {"seed": seed, "num_prompts": int(chosen.sum()), "family": family, "reward_model": rung}
+                found.rows.add(spec, {"first_error_f1": values[-1]}, rung=P.policy_rung, **about, **counted)
+        for family, values in by_family.items():
+            found.seeds_alone("first_error_f1", values, family=family, **about, **_of_rung(rung))
 
 
 def _f1(held_out: dict[str, np.ndarray], chosen: np.ndarray) -> float:
-    """Harmonic mean of two shares: of responses with a wrong step those whose first one was found, and of those without
-    one those in which none was found (Zheng et al. 2024, ProcessBench, arXiv 2412.06559)."""
+    """F1 of finding the first wrong step, the harmonic mean of two shares (Zheng et al. 2024, ProcessBench, arXiv
+    2412.06559): of responses with a wrong step, those whose first one is found; of the others, those where none is."""
     wrong, hit = held_out["first_wrong"] >= 0, held_out["first_wrong_found"] == held_out["first_wrong"]
     found, clean = (hit[kind].mean() if kind.any() else 0.0 for kind in (chosen & wrong, chosen & ~wrong))
     return float(2 * found * clean / (found + clean)) if found and clean else 0.0
 
 
-def _ppo(P: Params, found: Collector) -> None:
-    """Rows of PPO against either kind of reward model, of `ppo_rung` and trained on every family."""
-    before = found.before()
-    gains = []
-    for kind in KINDS:
-        gains.append(found.after([P.policy(kind, seed) for seed in P.seeds], kind=kind, data=EVERY) - before)
-    for kind, interval in zip(KINDS, mean_intervals(np.array(gains)).split(), strict=True):
-        found.summary.append(summary_row("ppo_gain", interval, kind=kind))
-    difference = nested_bootstrap(gains[1] - gains[0], np.mean, rng=new_rng(), on="means")
-    found.summary.append(summary_row("ppo_process_minus_outcome", difference))
-
-
 KIND_STYLES = {"outcome": (style.CATEGORIES[1], "o"), "process": (style.CATEGORIES[0], "s")}
 TITLES = {"own": "own family", "other": "other family", "both": "both families"}
-"""What the reward models were trained on, as a held-out prompt sees it."""
+"""Title of each panel: the training data of the reward models, as seen from a held-out prompt."""
 
 
 @style.styled
 def draw(runs: pd.DataFrame, summary: pd.DataFrame) -> Figure:
-    """C8: best-of-N by outcome and process reward models, by what they were trained on; step errors found.
+    """Draw best-of-N by outcome and process reward models, by their training data, and the F1 of first wrong steps.
 
     Args:
-        runs: ``kind``, ``data``, ``family``, ``reward_model_params``, ``seed``, ``metric``, ``value``;
-            ``first_error_f1`` is drawn as dots.
-        summary: the common columns, ``kind``, ``trained_on``, ``data``, ``family``, ``reward_model_params``,
-            ``verdict``; quantities ``best_of_n_gain`` (by kind, training data and size), ``process_minus_outcome`` (by
-            training data) and ``first_error_f1`` (by size, training data and family).
+        runs: ``kind``, ``data``, ``family``, ``reward_model``, ``seed``, ``metric``, ``value``; ``first_error_f1`` is
+            drawn as dots.
+        summary: the common columns, ``kind``, ``trained_on``, ``data``, ``family``, ``reward_model``,
+            ``reward_model_params``, ``verdict``; quantities ``best_of_n_gain`` (by kind, training data and size),
+            ``process_minus_outcome`` (by training data) and ``first_error_f1`` (by size, training data and family).
     """
     whole = {row.trained_on: row for row in style.select(summary, "process_minus_outcome").itertuples()}
+    said = {role: style.signed_interval(row) for role, row in whole.items()}
     caption = (
         f"{style.interval_caption(summary, 'bars: ')} Titles: training data. "
-        f"Process minus outcome, mean over sizes: on its own task "
-        f"{style.signed_interval(whole['own'])}, on the other {style.signed_interval(whole['other'])}, trained on both "
-        f"{style.signed_interval(whole['both'])}. C8: {whole['own'].verdict}. F1: dots are seeds."
+        f"Process minus outcome, mean over sizes: on its own task {said['own']}, on the other {said['other']}, "
+        f"trained on both {said['both']}. {CLAIM.id}: {whole['own'].verdict}. F1: dots are seeds."
     )
     figure, axes, legend = style.new_figure(1, 4, 2.5, caption)
-    gains = style.select(summary, "best_of_n_gain")
+    handles = [Line2D([], [], color=c, marker=m, label=f"{kind} supervision") for kind, (c, m) in KIND_STYLES.items()]
     for axis, (role, title) in zip(axes, TITLES.items(), strict=False):
         for kind, (color, marker) in KIND_STYLES.items():
-            rows = gains[(gains["kind"] == kind) & (gains["trained_on"] == role)]
+            rows = style.select(summary, "best_of_n_gain", kind=kind, trained_on=role)
             style.draw_estimates(axis, rows, "reward_model_params", color=color, marker=marker)
         axis.axhline(0, color="0.4", linewidth=0.8)
         axis.set(title=title)
         if axis is not axes[0]:
             axis.sharey(axes[0])
             axis.tick_params(labelleft=False)
-        style.size_axis(axis, gains["reward_model_params"], "reward-model size")
     axes[0].set(ylabel="best-of-N gain in accuracy")
     found = style.select(summary, "first_error_f1")
-    dots = runs[runs["metric"] == "first_error_f1"].merge(
-        found[["reward_model", "reward_model_params"]].drop_duplicates(), on="reward_model", suffixes=("_", "")
-    )
-    for own, (label, linestyle) in {True: ("own", "-"), False: ("other", "--")}.items():
-        for table, draw in ((dots, False), (found, True)):
-            chosen = table[(table["data"] != "both") & ((table["data"] == table["family"]) == own)]
-            for family, of in chosen.groupby("family"):
-                color = style.CATEGORIES[2] if family == found["family"].iloc[0] else style.CATEGORIES[4]
-                if draw:
-                    look = {"color": color, "marker": "D", "linestyle": linestyle, "label": f"{family}, {label}"}
-                    style.draw_estimates(axes[3], of, "reward_model_params", **look)
-                else:
-                    style.draw_dots(axes[3], of, "reward_model_params", color, size=4)
+    sizes = found.drop_duplicates("reward_model").set_index("reward_model")["reward_model_params"]
+    dots = runs[runs["metric"] == "first_error_f1"]
+    dots = dots.assign(reward_model_params=dots["reward_model"].map(sizes))
+    of_one_family = [table[table["data"] != EVERY] for table in (dots, found)]
+    colors = dict(zip(FAMILIES, (style.CATEGORIES[2], style.CATEGORIES[4]), strict=True))
+    for (own, linestyle), (family, color) in product(((True, "-"), (False, "--")), colors.items()):
+        seeds, estimates = (
+            table[(table["family"] == family) & ((table["data"] == family) == own)] for table in of_one_family
+        )
+        style.draw_dots(axes[3], seeds, "reward_model_params", color, size=4)
+        look = {"color": color, "linestyle": linestyle}
+        style.draw_estimates(axes[3], estimates, "reward_model_params", marker="D", **look)
+        handles.append(Line2D([], [], label=f"F1: {family}, {'own' if own else 'other'}", **look))
     axes[3].set(title="first error", ylabel="F1", ylim=(0, 1))
-    style.size_axis(axes[3], found["reward_model_params"], "reward-model size")
     for axis in axes:
+        style.size_axis(axis, found["reward_model_params"], "reward-model size")
         axis.tick_params(axis="x", labelrotation=60)
-    handles = [Line2D([], [], color=c, marker=m, label=f"{kind} supervision") for kind, (c, m) in KIND_STYLES.items()]
-    lines, labels = axes[3].get_legend_handles_labels()
-    handles += [Line2D([], [], color=line[0].get_color(), linestyle=line[0].get_linestyle(), label=f"F1: {name}")
-                for line, name in zip(lines, labels, strict=True)]  # fmt: skip
     legend(handles, ncols=3)
     return figure
