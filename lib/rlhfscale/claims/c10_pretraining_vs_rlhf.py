@@ -1,12 +1,12 @@
 """Does RLHF return less for each doubling of compute than pretraining? (claim C10)
 
-Compute is counted in floating-point operations, of pretraining and of everything that RLHF takes: labels, reward
-model, roll-outs and updates. The claim compares the accuracy that each doubling of either brings.
+Compute is counted in floating-point operations (FLOPs): those of pretraining, and those of everything that RLHF needs
+(labels, reward model, roll-outs and updates). The claim compares the accuracy that each doubling of either brings.
 """
 
-from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import ClassVar, Self
+from itertools import product
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import pandas as pd
@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 from pydantic import model_validator
 
 from rlhfscale.bed import flops as stage_flops
-from rlhfscale.bed import ladder, specs
+from rlhfscale.bed import specs
 from rlhfscale.runs.spec import Spec
 from rlhfscale.stats.bootstrap import nested_bootstrap, summary_row
 from rlhfscale.stats.fits import MIN_POINTS, fit_power_law, fit_slope, fit_with_intervals, slope_per_doubling
@@ -23,12 +23,13 @@ from rlhfscale.study import style
 from rlhfscale.study.artifacts import Folders
 from rlhfscale.study.figure import OnePolicy
 from rlhfscale.study.params import field
+from rlhfscale.study.recipes import num_params
 from rlhfscale.study.rules import Claim, Part, Rule, register
 from rlhfscale.study.tables import Collector, Tables, band_rows, mean_intervals, new_rng
 
 
 class Params(OnePolicy):
-    """C10: what each doubling of compute brings, spent on pretraining or on RLHF of the same policy."""
+    """Policies of one rung with more and more compute, which is spent on pretraining or on RLHF."""
 
     figure: ClassVar[str] = "10_pretraining_vs_rlhf"
     from_scratch: ClassVar[str] = "10_pretraining_vs_rlhf pretrains its rungs on different numbers of documents"
@@ -59,24 +60,19 @@ class Params(OnePolicy):
         return self
 
     def pretrained(self, documents: int) -> specs.SFT:
-        """The policy's rung pretrained on that many documents, fine-tuned as ever."""
+        """Return the SFT model of the policy's rung after pretraining on that many documents."""
         sft = self.settings.sft(self.policy_rung)
         return sft.changed(base=sft.base.changed(num_documents=documents))
 
     def pretraining(self) -> dict[str, dict[int, specs.SFT]]:
-        """The models that were only pretrained and fine-tuned: by documents, and by the rung's parameters."""
+        """Return the SFT models without RLHF: by pretraining documents, and by parameters of the rung."""
         return {
             "pretraining": {size: self.pretrained(size) for size in self.documents},
-            "pretraining, by rung": {
-                ladder.rung(name).num_params: self.settings.sft(name) for name in self.ladder_rungs
-            },
+            "pretraining, by rung": {num_params(name): self.settings.sft(name) for name in self.ladder_rungs},
         }
 
-    def sampled(self, sft: specs.SFT, seed: int) -> specs.Samples:
-        return self.settings.evaluation(sft, seed)
-
     def policy(self, updates: int, seed: int) -> specs.Policy:
-        """A policy whose updates and whose reward model's labels grow together: the recipe's ratio of the two."""
+        """Return a policy whose updates and reward-model labels grow together, in the recipe's ratio."""
         recipe = self.settings
         rungs = len(recipe.label_rungs)
         share = max(1, round(recipe.reward_prompts * updates / recipe.ppo_updates / rungs))
@@ -87,13 +83,12 @@ class Params(OnePolicy):
         return policy.changed(reward_model=reward_model, num_updates=updates)
 
     def policies(self) -> tuple[specs.Policy, ...]:
-        return tuple(self.policy(size, seed) for size in self.updates for seed in self.seeds)
+        return tuple(self.policy(*cell) for cell in product(self.updates, self.seeds))
 
     def specs(self) -> tuple[Spec, ...]:
         models = [model for by_size in self.pretraining().values() for model in by_size.values()]
-        sampled = [self.sampled(model, seed) for model in models for seed in self.seeds]
-        # their compute is counted too
-        counted = [model.base for model in models]
+        sampled = [self.settings.evaluation(model, seed) for model in models for seed in self.seeds]
+        counted = [model.base for model in models]  # their compute is read from their folders
         counted += [part for policy in self.policies() for part in policy.reward_model.data]
         return tuple(dict.fromkeys([*super().specs(), *models, *sampled, *counted]))
 
@@ -113,72 +108,71 @@ CLAIM = register(
 )
 
 
-def measure(P: Params, folders: Folders) -> Tables:
-    """C10: accuracy by compute for pretraining (more documents; larger rungs) and RLHF, and the slopes per doubling."""
-    found = Collector(P, folders)
-    costs = pd.concat([_pretraining_costs(P, folders), _rlhf_costs(P, folders)], ignore_index=True)
+def measure(P: Params, made: Folders) -> Tables:
+    """Return accuracy by compute for pretraining and for RLHF, and the slopes for each doubling of compute.
+
+    The further table flops.csv holds the compute of every model, by what it is spent on.
+    """
+    found = Collector(P, made)
+    costs = pd.DataFrame(_pretraining_costs(P, made) + _rlhf_costs(P, made))
     flops = costs.groupby(["spent_on", "size"], sort=False)["flops"].sum()
-    accuracy = {name: _sampled(P, found, name, models) for name, models in P.pretraining().items()}
-    trained = [[P.policy(size, seed) for seed in P.seeds] for size in P.updates]
-    accuracy["RLHF"] = np.array(
-        [found.after(policies, spent_on="RLHF", size=size) for size, policies in zip(P.updates, trained, strict=True)]
-    )
+    accuracy = {}  # by what compute is spent on, float64 [size, seed, prompt]
+    for name, models in P.pretraining().items():
+        accuracy[name] = np.array([_sampled(P, found, model, name, size) for size, model in models.items()])
+    trained = [found.after([P.policy(n, seed) for seed in P.seeds], spent_on="RLHF", size=n) for n in P.updates]
+    accuracy["RLHF"] = np.array(trained)
     for name, values in accuracy.items():
-        x = flops[name].to_numpy()
-        for place, size, interval in zip(x, flops[name].index, mean_intervals(values).split(), strict=True):
-            found.summary.append(summary_row("sampled_exact", interval, spent_on=name, size=size, flops=place))
+        about, x = {"spent_on": name}, flops[name].to_numpy()
+        for (size, place), interval in zip(flops[name].items(), mean_intervals(values).split(), strict=True):
+            found.summary.append(summary_row("sampled_exact", interval, **about, size=size, flops=place))
         slope = nested_bootstrap(values, partial(slope_per_doubling, x), rng=new_rng(), on="means")
-        found.summary.append(summary_row("slope", slope, spent_on=name))
+        found.summary.append(summary_row("slope", slope, **about))
         fit = fit_with_intervals(fit_slope, x, values, rng=new_rng())
-        found.summary += [row | {"spent_on": name} for row in band_rows("slope_fit", "flops", fit, slope)]
+        found.summary += [row | about for row in band_rows("slope_fit", "flops", fit, slope)]
         error = fit_with_intervals(fit_power_law, x, 1 - values, rng=new_rng())
-        about = {"spent_on": name, "r2": error.r2_log}
-        found.summary.append(summary_row("error_exponent", error.intervals["b"], **about))
-    both = tuple(accuracy[name] for name in ("pretraining", "RLHF"))
-    axes = [flops[name].to_numpy() for name in ("pretraining", "RLHF")]
-    parts = nested_bootstrap(both, lambda means: _compared(axes, means), rng=new_rng(), on="means").split()
+        found.summary.append(summary_row("error_exponent", error.intervals["b"], **about, r2=error.r2_log))
+    compared = ("pretraining", "RLHF")
+    axes, values = [flops[name].to_numpy() for name in compared], tuple(accuracy[name] for name in compared)
+    parts = nested_bootstrap(values, partial(_compared, axes), rng=new_rng(), on="means").split()
     result = CLAIM.judge(dict(zip(CLAIM.rule.intervals, parts, strict=True)))
     found.summary.append(summary_row("slope_difference", parts[0]) | {"verdict": result.verdict})
     return found.tables(result, extra={"flops.csv": costs})
 
 
-def _compared(axes: Sequence[np.ndarray], means: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+def _compared(axes: list[np.ndarray], means: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
     """Slope of pretraining minus that of RLHF, and the slope of pretraining alone."""
-    pretraining, rlhf = (slope_per_doubling(x, m) for x, m in zip(axes, means, strict=True))
+    pretraining, rlhf = (slope_per_doubling(x, y) for x, y in zip(axes, means, strict=True))
     return np.array([pretraining - rlhf, pretraining])
 
 
-def _sampled(P: Params, found: Collector, spent_on: str, models: Mapping[int, specs.SFT]) -> np.ndarray:
-    """Accuracy of models by size, float64 [model, seed, prompt]; seeds are those of the evaluation."""
-    cells = []
-    for size, model in models.items():
-        about = {"stage": "sft", "spent_on": spent_on, "size": size}
-        cells.append([found.sampled(P.sampled(model, seed), seed, rung=model.rung, **about) for seed in P.seeds])
-    return np.array(cells)
+def _sampled(P: Params, found: Collector, model: specs.SFT, spent_on: str, size: int) -> list[np.ndarray]:
+    """Accuracy of a model without RLHF, for each seed of the evaluation float64 [prompt]; adds its rows."""
+    about = {"rung": model.rung, "stage": "sft", "spent_on": spent_on, "size": size}
+    return [found.sampled(P.settings.evaluation(model, seed), seed, **about) for seed in P.seeds]
 
 
-def _pretraining_costs(P: Params, folders: Folders) -> pd.DataFrame:
-    rows = []
-    for spent_on, models in P.pretraining().items():
-        for size, model in models.items():
-            last = pd.read_csv(folders[model.base] / "loss.csv").iloc[-1]
-            rows.append({"spent_on": spent_on, "size": size, "part": "pretraining", "flops": last["flops"]})
-    return pd.DataFrame(rows)
+def _pretraining_costs(P: Params, made: Folders) -> list[dict[str, Any]]:
+    return [
+        {"spent_on": spent_on, "size": size, "part": "pretraining"}
+        | {"flops": pd.read_csv(made[model.base] / "loss.csv")["flops"].iloc[-1]}
+        for spent_on, models in P.pretraining().items()
+        for size, model in models.items()
+    ]
 
 
-def _rlhf_costs(P: Params, folders: Folders) -> pd.DataFrame:
+def _rlhf_costs(P: Params, made: Folders) -> list[dict[str, Any]]:
     """FLOPs by part, mean over seeds: sampling what is labelled, the reward model, and all of PPO."""
     rows = []
     for size in P.updates:
         parts = []
         for policy in (P.policy(size, seed) for seed in P.seeds):
             model = policy.reward_model
-            labels = sum(stage_flops.samples_flops(source, folders) for source in model.data)
-            training = stage_flops.reward_model_flops(model, folders)
-            parts.append({"labels": labels, "reward model": training} | stage_flops.policy_flops(policy, folders))
-        for part, flops in pd.DataFrame(parts).mean().items():
-            rows.append({"spent_on": "RLHF", "size": size, "part": part, "flops": flops})
-    return pd.DataFrame(rows)
+            labels = sum(stage_flops.samples_flops(source, made) for source in model.data)
+            training = stage_flops.reward_model_flops(model, made)
+            parts.append({"labels": labels, "reward model": training} | stage_flops.policy_flops(policy, made))
+        means = pd.DataFrame(parts).mean()
+        rows += [{"spent_on": "RLHF", "size": size, "part": part, "flops": flops} for part, flops in means.items()]
+    return rows
 
 
 SPENT_ON = {
@@ -193,7 +187,7 @@ PARTS = ("labels", "reward model", "roll-outs", "reward", "evaluation", "updates
 
 @style.styled
 def draw(runs: pd.DataFrame, summary: pd.DataFrame, flops: pd.DataFrame) -> Figure:
-    """C10: accuracy against compute for pretraining and RLHF on one axis, and what RLHF's compute goes into.
+    """Draw accuracy against compute for pretraining and RLHF on one axis, and what RLHF's compute goes into.
 
     Args:
         runs: ``spent_on``, ``size``, ``seed``, ``metric``, ``value``; ``sampled_exact`` is drawn.
@@ -206,7 +200,7 @@ def draw(runs: pd.DataFrame, summary: pd.DataFrame, flops: pd.DataFrame) -> Figu
         f"{style.interval_caption(summary, 'dots: seeds; bars and bands: ')} "
         "Legend: slopes for each doubling of compute. "
         f"That of pretraining on more documents minus that of RLHF: {style.signed_interval(difference)}. "
-        f"C10: {difference.verdict}."
+        f"{CLAIM.id}: {difference.verdict}."
     )
     figure, (left, right), legend = style.new_figure(1, 2, 3.0, caption)
     total = flops.groupby(["spent_on", "size"])["flops"].sum()
@@ -223,10 +217,9 @@ def draw(runs: pd.DataFrame, summary: pd.DataFrame, flops: pd.DataFrame) -> Figu
     left.set_xscale("log")
     left.set(title="accuracy by compute", xlabel="FLOPs", ylabel="sampled exact-match accuracy")
     rlhf = flops[flops["spent_on"] == "RLHF"].pivot_table(index="size", columns="part", values="flops")[list(PARTS)]
-    bottom = 0.0
+    below = rlhf.cumsum(axis=1).shift(axis=1, fill_value=0.0)
     for part, color in zip(PARTS, style.CATEGORIES[1:7], strict=True):
-        right.bar(range(len(rlhf)), rlhf[part], bottom=bottom, color=color, width=0.7, label=part)
-        bottom = bottom + rlhf[part].to_numpy()
+        right.bar(range(len(rlhf)), rlhf[part], bottom=below[part], color=color, width=0.7, label=part)
     right.set_xticks(range(len(rlhf)), [f"{size:.0f}" for size in rlhf.index])
     right.set(title="what RLHF's compute goes into", xlabel="PPO updates (labels grow alike)", ylabel="FLOPs")
     right.legend(loc="upper left")

@@ -1,6 +1,6 @@
 """PPO by hand, then live: the models of the live run, its tables and its picture.
 
-The arithmetic by hand, and the sketches of formulas, are in `study.by_hand`; the notebook takes them from here.
+The tables and pictures of the part by hand are in `study.by_hand`; the notebook reaches them by this module's name.
 """
 
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -16,7 +16,7 @@ from rlhfscale.bed.demonstrations import STREAM, encode_prompts
 from rlhfscale.bed.recipe import Recipe
 from rlhfscale.bed.responses import Responses, label
 from rlhfscale.runs.spec import Spec
-from rlhfscale.stats.bootstrap import bootstrap, summary_row
+from rlhfscale.stats.bootstrap import Interval, bootstrap, summary_row
 from rlhfscale.study import style
 from rlhfscale.study.artifacts import Folders, read_responses
 from rlhfscale.study.figure import RecipeFigure
@@ -30,10 +30,11 @@ if TYPE_CHECKING:
 
 
 class Params(RecipeFigure):
-    """PPO by hand, then one live run on a bed small enough to be made while a reader waits.
+    """One live run of PPO, on models that are small enough to be trained while a reader waits.
 
-    The bed is its own: a rung pretrained on few documents, then fine-tuned on demonstrations of one family by careless
-    demonstrators, so that there is much to gain in little time. All that is not named here is the recipe's.
+    The figure trains its own models: a rung is pretrained on few documents and fine-tuned on demonstrations of one task
+    family, a share of whose tokens is wrong. PPO then has much to gain in little time. All other settings are the
+    recipe's.
     """
 
     figure: ClassVar[str] = "00_walkthrough"
@@ -41,7 +42,7 @@ class Params(RecipeFigure):
     title: ClassVar[str] = "PPO by hand, then live"
     families: ClassVar[tuple[str, ...]] = ("registers",)
     bed_seed: ClassVar[int] = 1
-    """Of the reward model and of the held-out responses: the live run's seed changes nothing but the live run."""
+    """Seed of the reward model and of the held-out responses; ``seed`` is that of the live run alone."""
 
     seed: int = field(role="scientific", ge=1, doc="seed of the live run")
     num_updates: int = field(role="scientific", ge=1, doc="updates of the live run")
@@ -68,14 +69,14 @@ class Params(RecipeFigure):
 
     @property
     def settings(self) -> Recipe:
-        """The recipe with this bed's sizes."""
+        """The recipe with the sizes of this figure's models."""
         return super().settings.model_copy(
             update={
                 "pretrain_documents": self.pretrain_documents,
                 "sft_documents": self.sft_documents,
                 "label_rungs": (self.rung,),
                 "reward_prompts": self.label_prompts,
-                "reward_muon_lr": 0.005,  # few labels: a higher rate orders more held-out pairs rightly
+                "reward_muon_lr": 0.005,  # with few labels a higher rate orders more held-out pairs correctly
             }
         )
 
@@ -91,7 +92,7 @@ class Params(RecipeFigure):
 
     @property
     def before(self) -> specs.Samples:
-        """Responses to the held-out prompts before the live run."""
+        """Responses of the SFT model to the held-out prompts, before the live run."""
         return self._on_bed(self.settings.evaluation(self.sft, self.bed_seed))
 
     def _on_bed(self, samples: specs.Samples) -> specs.Samples:
@@ -101,61 +102,66 @@ class Params(RecipeFigure):
         return self.sft, self.reward_model, self.before
 
 
-def measure(P: Params, folders: Folders, metrics: pd.DataFrame, after: Responses) -> Tables:
-    """The live run's metrics update by update, and accuracy on held-out prompts before and after it.
+def measure(P: Params, made: Folders, metrics: pd.DataFrame, after: Responses) -> Tables:
+    """Return the live run's metrics update by update, and accuracy on held-out prompts before and after it.
 
     Args:
-        metrics: what the trainer returned, with ``gold`` and ``exact``.
-        after: the trained policy's responses to the prompts of ``P.before``.
+        P: the notebook's parameters.
+        made: folders of the artifacts.
+        metrics: what the trainer returned, with the columns ``gold`` and ``exact`` of `LiveRun.on_update`.
+        after: the trained policy's responses to the prompts of ``P.before``, see `held_out`.
     """
-    live = f"live-{P.hash}"  # no artifact: the run is made anew each time
-    about = {"figure": P.figure, "command": command(P), "rung": P.rung, "num_params": num_params(P.rung)}
+    live = f"live-{P.hash}"  # the live run is no artifact: it is made anew each time
     runs = [metrics.melt("update", var_name="metric").assign(node=live, num_prompts=P.prompts_per_update)]
     summary, prompts, exact = [], [], {}
-    for stage, node, responses in (("sft", P.before.key, read_responses(folders, P.before)), ("ppo", live, after)):
+    for stage, node, responses in (("sft", P.before.key, read_responses(made, P.before)), ("ppo", live, after)):
         exact[stage] = responses.exact.mean(1)
-        row = {"metric": "sampled_exact", "value": exact[stage].mean(), "node": node, "stage": stage}
-        runs.append(pd.DataFrame([row | {"num_prompts": responses.num_prompts}]))
-        per_prompt = {"node": node, "seed": P.seed, "metric": "sampled_exact", "value": exact[stage], "stage": stage}
-        prompts.append(pd.DataFrame(per_prompt).rename_axis("prompt_id").reset_index())
-        interval = bootstrap(exact[stage], np.mean, unit="prompt", rng=new_rng(), on="means")
-        summary.append(summary_row("sampled_exact", interval, stage=stage))
-    gain = bootstrap(exact["ppo"] - exact["sft"], np.mean, unit="prompt", rng=new_rng(), on="means")
-    summary.append(summary_row("gain", gain))
+        about = {"node": node, "metric": "sampled_exact", "stage": stage}
+        row = about | {"value": exact[stage].mean(), "num_prompts": responses.num_prompts}
+        runs.append(pd.DataFrame([row]))
+        per_prompt = pd.DataFrame(about | {"seed": P.seed, "value": exact[stage]})
+        prompts.append(per_prompt.rename_axis("prompt_id").reset_index())
+        summary.append(summary_row("sampled_exact", _mean(exact[stage]), stage=stage))
+    summary.append(summary_row("gain", _mean(exact["ppo"] - exact["sft"])))
+    about = {"figure": P.figure, "command": command(P), "rung": P.rung, "num_params": num_params(P.rung)}
     table = pd.concat(runs, ignore_index=True).assign(seed=P.seed, **about)
     return Tables(table, pd.DataFrame(summary), pd.concat(prompts))
 
 
+def _mean(values: np.ndarray) -> Interval:
+    """The interval of the mean over prompts."""
+    return bootstrap(values, np.mean, unit="prompt", rng=new_rng(), on="means")
+
+
 class LiveRun:
-    """Prompts for a trainer and what the verifier says of its responses, drawn while it trains.
+    """The live run's side of a trainer: gives it prompts, grades its responses, and draws every fourth update.
 
     Args:
         P: the notebook's parameters.
-        every: updates between two drawings.
     """
 
-    def __init__(self, P: Params, every: int = 4):
-        self.P, self.every = P, every
+    def __init__(self, P: Params):
+        self.P = P
         stream = tasks.problems((P.seed, STREAM["policy"]), "train", P.families)
         self.problems = [[next(stream) for _ in range(P.prompts_per_update)] for _ in range(P.num_updates)]
         self.records: list[dict[str, float]] = []
         self._shown = None
 
     def prompts(self, update: int) -> list[list[int]]:
-        """Token ids of an update's prompts."""
+        """Return the token ids of an update's prompts."""
         return encode_prompts(self.problems[update])
 
     def on_update(self, update: int, metrics: dict[str, float], completions: "Completions") -> dict[str, float]:
-        """Grade an update's responses, and draw; returns what is to be logged beside the trainer's metrics."""
+        """Grade an update's responses, and return what is to be logged beside the trainer's metrics."""
         graded = label(self.problems[update], completions)
         found = {"gold": float(graded.gold.mean()), "exact": float(graded.exact.mean())}
         self.records.append({"update": update} | metrics | found)
-        if (update + 1) % self.every == 0 or update + 1 == self.P.num_updates:
+        if (update + 1) % 4 == 0 or update + 1 == self.P.num_updates:
             self.draw()
         return found
 
     def draw(self) -> None:
-        """Show the run so far, in place of the picture before."""
+        """Show the run so far; the new picture replaces the last one."""
         from IPython.display import display
 
         picture = draw(pd.DataFrame(self.records).melt("update", var_name="metric"))
@@ -166,7 +172,7 @@ class LiveRun:
 
 
 def held_out(P: Params, trainer: "Trainer") -> Responses:
-    """The trained policy's responses to the prompts of ``P.before``, with the same draws."""
+    """Return the trained policy's responses to the prompts of ``P.before``, with the same random draws."""
     from rlhfscale.bed import stages  # it imports torch
 
     with trainer.networks.decoder() as policy:
@@ -175,23 +181,21 @@ def held_out(P: Params, trainer: "Trainer") -> Responses:
 
 @style.styled
 def draw(runs: pd.DataFrame, summary: pd.DataFrame | None = None) -> Figure:
-    """Three panels of one run, also of one that still goes on: gold, proxy and KL by update.
+    """Draw one run, finished or not: the verifier's reward, the reward model's score, and the KL, by update.
 
     Args:
         runs: ``update``, ``metric`` (of which ``gold``, ``proxy`` and ``kl_nats`` are drawn), ``value``; rows without
-            an update are left out. Dots are updates, lines their running mean over five.
+            an update are left out.
         summary: the common columns and ``stage``; quantity ``sampled_exact`` (sft | ppo) for the caption.
     """
     updates = runs.dropna(subset="update").pivot_table(index="update", columns="metric", values="value")
     caption = "Dots: updates of one run; lines: mean over five updates."
     if summary is not None:
-        texts = {}
-        for stage in ("sft", "ppo"):
-            row = style.select(summary, "sampled_exact", stage=stage).iloc[0]
-            texts[stage] = f"{row.estimate:.3f} [{row.ci_low:.3f}, {row.ci_high:.3f}]"
+        rows = [style.select(summary, "sampled_exact", stage=stage).iloc[0] for stage in ("sft", "ppo")]
+        before, after = (f"{row.estimate:.3f} [{row.ci_low:.3f}, {row.ci_high:.3f}]" for row in rows)
         caption += (
-            f" Exactly right on {row.num_prompts} held-out prompts: {texts['sft']} before, {texts['ppo']} after"
-            f" (95% intervals, {row.ci_method})."
+            f" Exactly right on {rows[0].num_prompts} held-out prompts: {before} before, {after} after"
+            f" (95% intervals, {rows[0].ci_method})."
         )
     figure, axes, _ = style.new_figure(1, 3, 1.9, caption)
     panels = {
@@ -210,7 +214,7 @@ def draw(runs: pd.DataFrame, summary: pd.DataFrame | None = None) -> Figure:
 
 
 def __getattr__(name: str) -> Any:
-    """The tables and sketches of part 1, from `study.by_hand`. They need torch, which a plan does without."""
+    """Look a name up in `study.by_hand`, which imports torch: making a plan must not wait for that."""
     from rlhfscale.study import by_hand
 
     return getattr(by_hand, name)

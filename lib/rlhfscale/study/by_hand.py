@@ -1,11 +1,10 @@
-"""PPO by hand: what ``00_walkthrough`` shows of four fixed roll-outs, as tables and as small pictures of the formulas.
+"""PPO by hand: tables of the four fixed roll-outs in ``00_walkthrough``, and small pictures of PPO's formulas.
 
-The pictures take plain numbers and return a `style.Picture`, which a notebook shows by itself.
+The pictures take plain numbers and return a `style.Picture`, which a notebook shows without further commands.
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from functools import wraps
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import matplotlib
@@ -15,6 +14,7 @@ import torch
 from IPython.display import Code
 from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+from torch.nn.utils.rnn import pad_sequence
 
 from rlhfscale.bed.demonstrations import encode
 from rlhfscale.bed.ladder import BOS_ID, EOS_ID
@@ -28,15 +28,12 @@ Rows = Sequence[Sequence[float]]
 """One list of numbers for each response, one number for each of its tokens."""
 
 
-# Numbers by hand against numbers by the library.
-
-
 def same(by_hand: Any, by_library: Any) -> bool:
-    """Whether numbers agree to the last digit of float32, the precision that the trainers compute in.
+    """Return whether numbers agree to the last digit of float32, the precision of the trainers.
 
     Args:
         by_hand: a number, a list of them, or `Rows`.
-        by_library: a number or tensor of as many dimensions; past the end of a shorter row it is padding, not compared.
+        by_library: a number or a tensor of as many dimensions. Its padding behind the end of a row is not compared.
     """
     if isinstance(by_hand, int | float):
         return bool(np.float32(by_hand) == np.float32(float(by_library)))
@@ -46,21 +43,18 @@ def same(by_hand: Any, by_library: Any) -> bool:
 
 
 def pad(rows: Rows) -> torch.Tensor:
-    """float64 [response, token], shorter rows filled up with 0."""
-    filled = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.float64)
-    for row, values in zip(filled, rows, strict=True):
-        row[: len(values)] = torch.tensor(values, dtype=torch.float64)
-    return filled
+    """Return float64 [response, token], in which shorter rows are filled up with 0."""
+    return pad_sequence([torch.tensor(row, dtype=torch.float64) for row in rows], batch_first=True)
 
 
 def rollouts(
     prompts: Sequence[str], responses: Sequence[str], logprobs: Rows, ref_logprobs: Rows, values: Rows
 ) -> Rollouts:
-    """Texts and numbers as the trainers hold them, in float64; scores and what follows from them are still 0.
+    """Return texts and numbers as the trainers hold them, in float64. Scores, advantages and returns are still 0.
 
     Args:
-        prompts: of the tasks, one for each response.
-        responses: with ``<eos>`` where they end; a response without it was cut.
+        prompts: one prompt of the tasks for each response.
+        responses: tokens with spaces between; ``<eos>`` ends a response, and one without it was cut.
         logprobs, ref_logprobs, values: see `rl.rollout.Rollouts`.
     """
     questions = [[BOS_ID, *encode(prompt)] for prompt in prompts]
@@ -87,51 +81,35 @@ def rollouts(
 
 
 def token_table(responses: Sequence[str], **quantities: Rows | torch.Tensor) -> pd.DataFrame:
-    """Quantities at each token, response by response, below the tokens themselves."""
-    tokens = [response.split() for response in responses]
-    columns = range(1, max(map(len, tokens)) + 1)
+    """Return a table of quantities at each token, response by response, below the tokens themselves."""
     rows = {}
-    for index, row in enumerate(tokens):
-        rows[f"y{index + 1}", "token"] = row
+    for index, response in enumerate(responses):
+        tokens = response.split()
+        rows[f"y{index + 1}", "token"] = tokens
         for name, values in quantities.items():
-            rows[f"y{index + 1}", name] = [f"{float(value) + 0.0:.5g}" for value in values[index][: len(row)]]
-    filled = {key: [*row, *[""] * (len(columns) - len(row))] for key, row in rows.items()}
-    return pd.DataFrame.from_dict(filled, orient="index", columns=columns).set_index(
-        pd.MultiIndex.from_tuples(filled, names=["response", ""])
-    )
+            rows[f"y{index + 1}", name] = [f"{float(value) + 0.0:.5g}" for value in values[index][: len(tokens)]]
+    table = pd.DataFrame.from_dict(rows, orient="index").fillna("")
+    table.columns += 1
+    return table.set_index(pd.MultiIndex.from_tuples(rows, names=["response", ""]))
 
 
 def source(function: Callable) -> Code:
-    """The code of a function of the library, to be shown."""
+    """Return the code of a function, to be shown in a notebook."""
     return Code(inspect.getsource(function), language="python")
-
-
-# Sketches.
-
-
-def _sketch(draw: Callable[..., style.Picture]) -> Callable[..., style.Picture]:
-    @wraps(draw)
-    def styled(*arguments: Any) -> style.Picture:
-        with matplotlib.rc_context(style.STYLE):
-            return draw(*arguments)
-
-    return styled
 
 
 def _panels(columns: int, height: float, rows: int = 1, **options: Any) -> tuple[style.Picture, np.ndarray]:
     picture = style.Picture(figsize=(style.WIDTH_IN, height), layout="constrained")
-    axes = picture.subplots(rows, columns, squeeze=False, **options)
-    return picture, axes.ravel()
+    return picture, picture.subplots(rows, columns, squeeze=False, **options).ravel()
 
 
-@_sketch
+@style.styled
 def pipeline() -> style.Picture:
-    """One update of PPO, from the prompt to the policy's next step."""
+    """Draw one update of PPO, from the prompt to the policy's next step."""
     picture = style.Picture(figsize=(style.WIDTH_IN, 2.5))
     axis = picture.add_axes((0, 0, 1, 1))
     axis.set(xlim=(0, 11), ylim=(0, 5))
     axis.axis("off")
-    box = {"boxstyle": "round,pad=0,rounding_size=0.12", "linewidth": 1.1}
     boxes = {
         "prompt": (0.15, 2.2, 1.2, 0.9, "prompt\n$x$", "0.5"),
         "policy": (1.95, 2.2, 1.5, 0.9, "policy\n$\\pi_\\theta$", BLUE),
@@ -141,13 +119,14 @@ def pipeline() -> style.Picture:
         "critic": (6.15, 0.65, 2.0, 0.9, "critic\nvalues $V_t$", ORANGE),
         "loss": (8.95, 2.0, 1.9, 1.3, "advantages $A_t$\nclipped loss\ngradient", BLUE),
     }
+    look = {"boxstyle": "round,pad=0,rounding_size=0.12", "linewidth": 1.1}
     for x, y, width, height, text, color in boxes.values():
-        axis.add_patch(FancyBboxPatch((x, y), width, height, edgecolor=color, facecolor=(*_rgb(color), 0.1), **box))
+        face = matplotlib.colors.to_rgba(color, 0.1)
+        axis.add_patch(FancyBboxPatch((x, y), width, height, edgecolor=color, facecolor=face, **look))
         axis.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=8, linespacing=1.3)
-    straight = [("prompt", "policy"), ("policy", "response")]
-    straight += [("response", name) for name in ("reward", "reference", "critic")]
-    straight += [(name, "loss") for name in ("reward", "reference", "critic")]
-    for start, end in straight:
+    judges = ("reward", "reference", "critic")
+    arrows = [("prompt", "policy"), ("policy", "response")]
+    for start, end in [*arrows, *(("response", name) for name in judges), *((name, "loss") for name in judges)]:
         (x, y, width, height, *_), (to_x, to_y, _, to_height, *_) = boxes[start], boxes[end]
         end_y = to_y + to_height / 2
         if end == "loss":
@@ -159,43 +138,37 @@ def pipeline() -> style.Picture:
     return picture
 
 
-def _rgb(color: Any) -> tuple[float, float, float]:
-    return matplotlib.colors.to_rgb(color)
-
-
 def _arrow(axis, start: tuple[float, float], end: tuple[float, float], color: Any = "0.35") -> None:
-    style = {"arrowstyle": "-|>", "mutation_scale": 9, "linewidth": 1.1, "shrinkA": 1, "shrinkB": 1}
-    axis.add_patch(FancyArrowPatch(start, end, color=color, **style))
+    look = {"arrowstyle": "-|>", "mutation_scale": 9, "linewidth": 1.1, "shrinkA": 1, "shrinkB": 1}
+    axis.add_patch(FancyArrowPatch(start, end, color=color, **look))
 
 
-@_sketch
+@style.styled
 def kl_estimators() -> style.Picture:
-    """k1, k2 and k3 of one token against its log-ratio, and their part of the divergence of two fixed policies."""
+    """Draw k1, k2 and k3 of one token against its log-ratio, and their means for two fixed policies."""
     picture, (left, right) = _panels(2, 2.1)
     log_ratio = torch.linspace(-1.5, 1.5, 201, dtype=torch.float64)
-    styles = {"k1": (BLUE, "-"), "k2": (ORANGE, "--"), "k3": (GREEN, "-")}
-    for name, (color, linestyle) in styles.items():
+    policy, reference = torch.tensor([0.6, 0.3, 0.1]).double(), torch.tensor([0.3, 0.3, 0.4]).double()
+    for place, (name, color, linestyle) in enumerate((("k1", BLUE, "-"), ("k2", ORANGE, "--"), ("k3", GREEN, "-"))):
         terms = kl_terms(log_ratio, torch.zeros_like(log_ratio), name)
         left.plot(log_ratio, terms, color=color, linestyle=linestyle, label=f"$k_{name[1]}$")
+        mean = (policy * kl_terms(policy.log(), reference.log(), name)).sum()
+        right.bar(place, mean.item(), color=color, width=0.6)
     left.axhline(0, color="0.4", linewidth=0.8)
     left.axvline(0, color="0.4", linewidth=0.8)
     left.set(xlabel="$\\log\\pi - \\log\\pi_\\mathrm{ref}$ of the token", ylabel="nats", title="one token")
     left.legend(loc="lower right")
-    policy, reference = torch.tensor([0.6, 0.3, 0.1]).double(), torch.tensor([0.3, 0.3, 0.4]).double()
     exact = (policy * (policy / reference).log()).sum().item()
-    for place, (name, (color, _)) in enumerate(styles.items()):
-        mean = (policy * kl_terms(policy.log(), reference.log(), name)).sum()
-        right.bar(place, mean.item(), color=color, width=0.6)
     right.axhline(exact, color="0.2", linestyle=":", linewidth=1.2)
     right.text(2.45, exact * 1.02, "exact KL", ha="right", va="bottom", fontsize=7)
-    right.set_xticks(range(3), [f"$k_{name[1]}$" for name in styles])
+    right.set_xticks(range(3), ["$k_1$", "$k_2$", "$k_3$"])
     right.set(title="mean over the policy's tokens", ylabel="nats", ylim=(0, 1.25 * exact))
     return picture
 
 
-@_sketch
+@style.styled
 def token_bars(responses: Sequence[str], bars: dict[str, Rows | torch.Tensor]) -> style.Picture:
-    """Numbers at each token as bars, side by side where there are several kinds; one panel for each response."""
+    """Draw numbers at each token as bars, one panel for each response; several kinds stand side by side."""
     picture, axes = _panels(2, 2.9, rows=2, sharey=True)
     width, colors = 0.8 / len(bars), (GREY, BLUE, GREEN, ORANGE)
     for index, (axis, response) in enumerate(zip(axes, responses, strict=True)):
@@ -215,41 +188,40 @@ def token_bars(responses: Sequence[str], bars: dict[str, Rows | torch.Tensor]) -
     return picture
 
 
-@_sketch
-def gae_weights(gamma: float, lambdas: Sequence[float] = (0.0, 0.5, 0.95, 1.0)) -> style.Picture:
-    """How much a surprise counts in the advantage of the token that many steps before it."""
+@style.styled
+def gae_weights(gamma: float) -> style.Picture:
+    """Draw the weight of a token's surprise in the advantages of the tokens before it, by distance and lambda."""
     picture, (axis,) = _panels(1, 2.1)
-    colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.85, len(lambdas)))
-    steps = np.arange(11)
-    for lam, color in zip(lambdas, colors, strict=True):
+    lambdas, steps = (0.0, 0.5, 0.95, 1.0), np.arange(11)
+    for lam, color in zip(lambdas, matplotlib.colormaps["viridis"](np.linspace(0, 0.85, 4)), strict=True):
         axis.plot(steps, (gamma * lam) ** steps, color=color, marker="o", label=f"$\\lambda$ = {lam:g}")
     axis.set(xlabel="$l$, tokens from $t$ to the surprise $\\delta_{t+l}$", ylabel="weight $(\\gamma\\lambda)^l$")
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return picture
 
 
-@_sketch
+@style.styled
 def clipped_objective(clip: float, ratios: Rows, advantages: Rows) -> style.Picture:
-    """The objective of a token, for advantages of +1 and -1, with the roll-outs' tokens on it."""
+    """Draw the objective of a token for advantages of +1 and -1, with the roll-outs' tokens on it."""
     picture, axes = _panels(2, 2.6)
     grid = torch.linspace(0.3, 1.9, 400, dtype=torch.float64)
-    tokens = [(r, a) for row, other in zip(ratios, advantages, strict=True) for r, a in zip(row, other, strict=True)]
-    for axis, sign in zip(axes, (1.0, -1.0), strict=True):
+    ratio, advantage = (torch.from_numpy(np.concatenate(rows)) for rows in (ratios, advantages))
+    for axis, sign, word in zip(axes, (1.0, -1.0), ("positive", "negative"), strict=True):
         loss, _ = clipped_surrogate(grid, torch.full_like(grid, sign), clip)
         axis.axvspan(1 - clip, 1 + clip, color="0.93", linewidth=0)
         axis.plot(grid, sign * grid, color="0.5", linestyle="--", linewidth=1.0, label="$\\rho A$")
         axis.plot(grid, -loss, color=BLUE, linewidth=1.8, label="minimum: what counts")
-        own = torch.tensor([ratio for ratio, advantage in tokens if advantage * sign > 0], dtype=torch.float64)
+        own = ratio[advantage * sign > 0]
         placed, flat = clipped_surrogate(own, torch.full_like(own, sign), clip)
         for chosen, name, face in ((~flat, "token with a gradient", BLUE), (flat, "token without", "white")):
             axis.scatter(own[chosen], -placed[chosen], s=26, color=[face], edgecolors=[BLUE], zorder=4, label=name)
-        axis.set(xlabel="probability ratio $\\rho$", title=f"advantage {'positive' if sign > 0 else 'negative'}")
+        axis.set(xlabel="probability ratio $\\rho$", title=f"advantage {word}")
     axes[0].set_ylabel("objective for $|A| = 1$")
     picture.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, columnspacing=1.2)
     return picture
 
 
-@_sketch
+@style.styled
 def repeated_steps(
     logits: Sequence[float],
     tokens: Sequence[str],
@@ -258,61 +230,52 @@ def repeated_steps(
     lr: float,
     clip: float,
 ) -> style.Picture:
-    """Gradient steps on the same roll-outs: probabilities after one, and ratios after many, with clipping and without.
+    """Draw probabilities after one gradient step, and ratios after many on the same roll-outs, clipped and not.
 
     Args:
-        logits: of the policy in one state; tokens: their names.
-        taken: index of the token that each roll-out took in this state.
-        advantages: of these tokens.
+        logits: of the policy in one state; ``tokens`` are their names.
+        taken: index of the token that each roll-out took in this state; ``advantages`` are theirs.
+        lr: size of a gradient step.
+        clip: half-width of the ratio's clipping range.
     """
     picture, (left, right) = _panels(2, 2.4)
-    num_steps = 20
-    paths = {name: list(_ratios(logits, taken, advantages, lr, limit, num_steps)) for name, limit in _limits(clip)}
+    ratios = _ratios(logits, taken, advantages, lr, clip)
     before = torch.softmax(torch.tensor(logits, dtype=torch.float64), 0)
-    after = before * paths["clipped"][1]
     place = np.arange(len(tokens))
     left.bar(place - 0.2, before.tolist(), 0.4, color="0.7", label="before")
-    left.bar(place + 0.2, after.tolist(), 0.4, color=BLUE, label="after one step")
+    left.bar(place + 0.2, (before * ratios[1]).tolist(), 0.4, color=BLUE, label="after one step")
     left.set_xticks(place, tokens)
     left.set(title="probabilities", ylabel="$\\pi_\\theta$", ylim=(0, 0.8))
     left.legend()
     right.axhspan(1 - clip, 1 + clip, color="0.93", linewidth=0)
-    for (name, path), linestyle in zip(paths.items(), ("-", ":"), strict=True):
+    paths = {"clipped": (ratios, "-"), "not clipped": (_ratios(logits, taken, advantages, lr, 1e9), ":")}
+    for path, linestyle in paths.values():
         for index, color in zip(taken, (GREEN, RED), strict=True):
-            values = [ratios[index] for ratios in path]
-            right.plot(values, color=color, linestyle=linestyle)
-            if name != "clipped":
-                right.text(num_steps, values[-1], f" {tokens[index]}", color=color, va="center")
-    styles = {"clipped": "-", "not clipped": ":"}
-    right.legend(handles=[Line2D([], [], color="0.3", linestyle=style, label=name) for name, style in styles.items()])
+            right.plot(path[:, index], color=color, linestyle=linestyle)
+            if linestyle == ":":
+                right.text(STEPS, path[-1, index], f" {tokens[index]}", color=color, va="center")
+    right.legend(handles=[Line2D([], [], color="0.3", linestyle=line, label=name) for name, (_, line) in paths.items()])
     right.set(title="probability ratios", xlabel="gradient steps on the same roll-outs", ylabel="$\\rho$")
-    right.set_xticks(range(0, num_steps + 1, 5))
-    right.set_xlim(0, num_steps * 1.2)
+    right.set_xticks(range(0, STEPS + 1, 5))
+    right.set_xlim(0, STEPS * 1.2)
     return picture
 
 
-def _limits(clip: float) -> tuple[tuple[str, float], tuple[str, float]]:
-    return ("clipped", clip), ("not clipped", 1e9)
+STEPS = 20
+"""Gradient steps of `repeated_steps`."""
 
 
 def _ratios(
-    logits: Sequence[float],
-    taken: Sequence[int],
-    advantages: Sequence[float],
-    lr: float,
-    clip: float,
-    num_steps: int,
-) -> Iterator[torch.Tensor]:
-    """Ratios of all tokens' probabilities to those at the start, before each step and after the last."""
+    logits: Sequence[float], taken: Sequence[int], advantages: Sequence[float], lr: float, clip: float
+) -> torch.Tensor:
+    """Ratios of all tokens' probabilities to those at the start, before the first step and after each [step, token]."""
     theta = torch.tensor(logits, dtype=torch.float64)
-    start = torch.log_softmax(theta, 0)
-    for _ in range(num_steps + 1):
+    start, found = torch.log_softmax(theta, 0), []
+    for _ in range(STEPS + 1):
         theta = theta.detach().requires_grad_()
         ratio = torch.exp(torch.log_softmax(theta, 0) - start)
-        yield ratio.detach()
+        found.append(ratio.detach())
         loss, _ = clipped_surrogate(ratio[list(taken)], torch.tensor(advantages, dtype=torch.float64), clip)
         loss.mean().backward()
         theta = theta - lr * theta.grad
-
-
-# The live run.
+    return torch.stack(found)
