@@ -1,11 +1,10 @@
 """The whole pipeline on a published language model: chat model, fine-tuning, reward model, PPO, best-of-N.
 
-The model answers questions of reasoning-gym, whose verifier says which answers are right.
+The model answers questions of the reasoning-gym library, whose verifiers say which answers are right.
 """
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, cast
+from itertools import product
+from typing import TYPE_CHECKING, ClassVar, Literal, Self, cast
 
 import numpy as np
 import pandas as pd
@@ -21,51 +20,40 @@ from rlhfscale.models.checkpoints import checkpoint
 from rlhfscale.runs.spec import Spec
 from rlhfscale.stats.bootstrap import summary_row
 from rlhfscale.study import recipes, style
-from rlhfscale.study.artifacts import read_responses
+from rlhfscale.study.artifacts import Folders, read_responses, read_scores
 from rlhfscale.study.figure import StudyFigure
 from rlhfscale.study.params import field
+from rlhfscale.study.recipes import num_params
 from rlhfscale.study.tables import Tables, command, mean_intervals, per_prompt_table
 
+if TYPE_CHECKING:
+    from rlhfscale.chat.answers import Answers
+
 Run = Literal["score-lora", "mixed-lora", "score-qlora", "mixed-qlora"]
-"""A PPO run: whether the reward model's score alone rewards it or the verifier too, and whether its base is in bfloat16
-(LoRA) or in 4 bits (QLoRA)."""
+"""A PPO run. Its reward is the reward model's score alone (``score``), or the verifier's verdict too (``mixed``). Its
+base model is held in bfloat16 (``lora``) or in 4 bits (``qlora``)."""
 BEFORE = "chat", "tuned"
-"""Stages before PPO; each run of PPO is a further one."""
+"""The stages before PPO. Each PPO run is a further stage."""
+KINDS = "sampled", "greedy"
+"""The two ways in which every stage answers the held-out questions."""
+Cell = tuple[str, int, str]
+"""Stage, seed and kind of some answers."""
 SCORE_WEIGHT, VERIFIER_WEIGHT = 0.5, 2.0
-"""Of mixed runs: the reward of a standard deviation of the score, and of a right answer."""
+"""Reward of mixed runs: for a standard deviation of the score, and for a right answer."""
 ON_CPU = {
-    "ladder": "checkpoints",
-    "precision": None,
-    "chat_tokens": 32,
-    "max_new_tokens": 12,
-    "rejection_samples": 4,
-    "rejection_temperature": 0.7,
-    "sft_epochs": 2,
-    "sft_batch": 16,
-    "sft_lr": 5e-4,
-    "label_samples": 8,
-    "reward_epochs": 2,
-    "reward_batch": 8,
-    "reward_lr": 3e-4,
-    "ppo_prompts": 16,
-    "ppo_responses": 8,
-    "ppo_epochs": 2,
-    "ppo_critic_lr": 1e-3,
-    "ppo_value_coefficient": 0.1,
-    "ppo_eos_penalty": 1.0,
-    "grpo_policy_lr": 1e-4,
-    "grpo_kl": 0.05,
-    "rloo_policy_lr": 1e-4,
-    "rloo_kl": 0.05,
-    "lora_rank": 16,
-    "lora_alpha": 32.0,
-}
-"""What the figure holds fixed in tiers whose own ladder is trained from scratch; the rates were chosen with seed 0,
-which is in no figure. In tiers of published checkpoints it is made with their recipe."""
+    "ladder": "checkpoints", "precision": None, "chat_tokens": 32, "max_new_tokens": 12,
+    "rejection_samples": 4, "rejection_temperature": 0.7, "sft_epochs": 2, "sft_batch": 16, "sft_lr": 5e-4,
+    "label_samples": 8, "reward_epochs": 2, "reward_batch": 8, "reward_lr": 3e-4,
+    "ppo_prompts": 16, "ppo_responses": 8, "ppo_epochs": 2, "ppo_critic_lr": 1e-3, "ppo_value_coefficient": 0.1,
+    "ppo_eos_penalty": 1.0, "grpo_policy_lr": 1e-4, "grpo_kl": 0.05, "rloo_policy_lr": 1e-4, "rloo_kl": 0.05,
+    "lora_rank": 16, "lora_alpha": 32.0,
+}  # fmt: skip
+"""The recipe of the tiers laptop and smoke, whose own recipes are for models that are trained from scratch. All other
+tiers use their own. The learning rates were chosen with seed 0, which no figure uses. Meanings: `chat.recipe`."""
 
 
 class Params(StudyFigure):
-    """The whole pipeline on a published chat model: rejection sampling, fine-tuning, reward model, PPO."""
+    """The pipeline on a published chat model: rejection sampling, fine-tuning, reward model, PPO."""
 
     figure: ClassVar[str] = "20_real_model"
     title: ClassVar[str] = "The pipeline on a published language model"
@@ -90,14 +78,15 @@ class Params(StudyFigure):
 
     @property
     def settings(self) -> CheckpointRecipe:
-        """The tier's recipe, with one rung and what the figure's own parameters say."""
+        """The tier's recipe with this figure's checkpoint, tasks and sizes."""
         recipe = recipes.load(self.recipe)
         fixed = recipe.model_dump() if isinstance(recipe, CheckpointRecipe) else ON_CPU
+        num_questions = self.num_questions * len(self.tasks)
         own = {
             "tasks": self.tasks,
             "label_rungs": (self.checkpoint,),
-            "rejection_prompts": self.num_questions * len(self.tasks),
-            "reward_prompts": self.num_questions * len(self.tasks),
+            "rejection_prompts": num_questions,
+            "reward_prompts": num_questions,
             "ppo_updates": self.updates,
             "ppo_policy_lr": self.policy_lr,
             "ppo_kl": self.kl_coefficient,
@@ -108,12 +97,12 @@ class Params(StudyFigure):
 
     @property
     def best_of(self) -> tuple[int, ...]:
-        """Values of N: powers of two up to eval_samples."""
+        """Values of N for best-of-N: powers of two up to `eval_samples`."""
         return tuple(2**power for power in range(self.eval_samples.bit_length()))
 
     @property
     def stages(self) -> tuple[str, ...]:
-        """In the order of the pipeline."""
+        """Every stage, in the order of the pipeline."""
         return (*BEFORE, *self.ppo)
 
     def tuned(self, seed: int) -> chat_specs.Tuned:
@@ -137,130 +126,108 @@ class Params(StudyFigure):
         return self.tuned(seed) if stage == "tuned" else self.aligned(cast(Run, stage), seed)
 
     def evaluation(self, stage: str, seed: int) -> chat_specs.Answers:
-        """Sampled answers to the held-out questions, which are the same for every seed; so are the chat model's."""
+        """Return sampled answers to the held-out questions. Questions and the chat model are the same for all seeds."""
         seed = self.seeds[0] if stage == "chat" else seed
         return self.settings.evaluation(self.model(stage, seed), seed)
 
     def greedy(self, stage: str, seed: int) -> chat_specs.Answers:
         return self.evaluation(stage, seed).changed(num_samples=1, temperature=0.0)
 
+    def answers(self) -> dict[Cell, chat_specs.Answers]:
+        """Return the answers of every stage, seed and kind (sampled or greedy)."""
+        ways = dict(zip(KINDS, (self.evaluation, self.greedy), strict=True))
+        cells = product(self.stages, self.seeds, KINDS)
+        return {(stage, seed, kind): ways[kind](stage, seed) for stage, seed, kind in cells}
+
     def scores(self, seed: int) -> chat_specs.AnswerScores:
         return self.settings.scores(self.evaluation("tuned", seed), self.reward_model(seed))
 
     def specs(self) -> tuple[Spec, ...]:
-        found: list[Spec] = []
-        for seed in self.seeds:
-            for stage in self.stages:
-                found += [self.evaluation(stage, seed), self.greedy(stage, seed)]
-            found.append(self.scores(seed))
-        aligned = [self.aligned(run, seed) for seed in self.seeds for run in self.ppo]
-        rewards = [spec for seed in self.seeds for spec in (self.tuned(seed), self.reward_model(seed))]
-        return tuple(dict.fromkeys([*found, *aligned, *rewards]))
+        trained = [self.model(stage, seed) for stage, seed in product(self.stages[1:], self.seeds)]
+        rewards = [spec for seed in self.seeds for spec in (self.scores(seed), self.reward_model(seed))]
+        return tuple(dict.fromkeys([*self.answers().values(), *trained, *rewards]))
 
 
-def measure(P: Params, folders: Mapping[Spec, Path]) -> Tables:
-    """Accuracy by stage and task, gains of PPO over the tuned model, best-of-N, and the reward model's accuracy.
+def measure(P: Params, made: Folders) -> Tables:
+    """Return accuracy by stage and task, gains of PPO over the fine-tuned model, best-of-N, and pair accuracy.
 
-    Accuracies are by the last number of a response (`tasks.reasoning.grade`); intervals resample seeds and held-out
-    questions together, paired between stages.
+    An answer is right if the last number in it is right (`chat.reasoning.grade`). Intervals resample seeds and held-out
+    questions together, and differences between stages are paired. The further tables are training.csv (every PPO
+    update) and answers.csv (some questions with the answers of every stage).
     """
-    found = {
-        (stage, seed, kind): read_responses(folders, spec)
-        for stage in P.stages
-        for seed in P.seeds
-        for kind, spec in (("sampled", P.evaluation(stage, seed)), ("greedy", P.greedy(stage, seed)))
-    }
+    found = {cell: read_responses(made, spec) for cell, spec in P.answers().items()}
     of_task = found["chat", P.seeds[0], "sampled"].tasks
     summary = []
-    for kind in ("sampled", "greedy"):
-        right = {s: np.array([found[s, seed, kind].right.mean(1) for seed in P.seeds]) for s in P.stages}
+    for kind in KINDS:
+        right = np.array([[found[stage, seed, kind].right.mean(1) for seed in P.seeds] for stage in P.stages])
         for task in (*P.tasks, "all"):
-            columns = np.ones(len(of_task), bool) if task == "all" else of_task == task
-            accuracy = np.array([right[stage][:, columns] for stage in P.stages])
-            for stage, part in zip(P.stages, mean_intervals(accuracy).split(), strict=True):
-                summary.append(summary_row(f"{kind}_accuracy", part, stage=stage, task=task))
-            for stage, part in zip(P.stages[2:], mean_intervals(accuracy[2:] - accuracy[1]).split(), strict=True):
-                summary.append(summary_row(f"{kind}_gain", part, stage=stage, task=task))
-    summary += _best_of_n(P, folders, found)
-    return Tables(
-        _runs(P, folders, found),
-        pd.DataFrame(summary),
-        _all_prompts(P, found),
-        extra={"training.csv": training(P, folders), "answers.csv": reading(P, folders, found)},
-    )
+            accuracy = right[:, :, of_task == task] if task != "all" else right
+            gain = accuracy[2:] - accuracy[1]
+            for name, stages, values in (("accuracy", P.stages, accuracy), ("gain", P.ppo, gain)):
+                for stage, part in zip(stages, mean_intervals(values).split(), strict=True):
+                    summary.append(summary_row(f"{kind}_{name}", part, stage=stage, task=task))
+    right = np.array([found["tuned", seed, "sampled"].right for seed in P.seeds], float)
+    scores = np.array([read_scores(made, P.scores(seed)) for seed in P.seeds])
+    curve = np.moveaxis(best_of_n(right, scores, list(P.best_of)), -1, 0)
+    for size, part in zip(P.best_of, mean_intervals(curve).split(), strict=True):
+        summary.append(summary_row("best_of_n", part, num_responses=size, stage="tuned", task="all"))
+    runs, prompts = _runs(P, made, found, of_task)
+    extra = {"training.csv": training(P, made), "answers.csv": reading(P, made, found)}
+    return Tables(runs, pd.DataFrame(summary), prompts, extra=extra)
 
 
-def training(P: Params, folders: Mapping[Spec, Path]) -> pd.DataFrame:
-    """Every update of every PPO run: the trainer's metrics and ``right``, the share of right roll-outs."""
+def _runs(P: Params, made: Folders, found: dict[Cell, "Answers"], of_task: np.ndarray) -> tuple[pd.DataFrame, ...]:
+    """The tables of runs and of values by prompt."""
+    rows, prompts = [], []
+    for (stage, seed, kind), spec in P.answers().items():
+        answers = found[stage, seed, kind]
+        values = {
+            f"{kind}_accuracy": answers.right,
+            f"{kind}_bare": answers.bare,
+            f"{kind}_finished": answers.finished,
+            f"{kind}_response_tokens": answers.lengths,
+        }
+        for task in P.tasks:
+            chosen = answers.tasks == task
+            about = {"node": spec.key, "stage": stage, "task": task, "seed": seed, "num_prompts": int(chosen.sum())}
+            rows += [about | {"metric": name, "value": float(of[chosen].mean())} for name, of in values.items()]
+        table = per_prompt_table(spec, seed, f"{kind}_accuracy", answers.right.mean(1))
+        prompts.append(table.assign(stage=stage, task=answers.tasks))
+    for seed in P.seeds:
+        spec = P.reward_model(seed)
+        accuracy = load_file(made[spec] / "held_out.safetensors")["pair_accuracy"]
+        for task in P.tasks:
+            known = accuracy[(of_task == task) & ~np.isnan(accuracy)]
+            if len(known):
+                about = {"node": spec.key, "stage": "reward_model", "task": task, "seed": seed}
+                about |= {"num_prompts": len(known), "metric": "pair_accuracy", "value": float(known.mean())}
+                rows.append(about)
+    common = {"figure": P.figure, "command": command(P), "rung": P.checkpoint, "num_params": num_params(P.checkpoint)}
+    return pd.DataFrame([common | row for row in rows]), pd.concat(prompts)
+
+
+def training(P: Params, made: Folders) -> pd.DataFrame:
+    """Return every update of every PPO run: the trainer's metrics and ``right``, the share of right roll-outs."""
     runs = [
-        pd.read_csv(folders[P.aligned(run, seed)] / "metrics.csv").assign(stage=run, seed=seed)
-        for run in P.ppo
-        for seed in P.seeds
+        pd.read_csv(made[P.aligned(run, seed)] / "metrics.csv").assign(stage=run, seed=seed)
+        for run, seed in product(P.ppo, P.seeds)
     ]
     return pd.concat(runs, ignore_index=True)
 
 
-def reading(P: Params, folders: Mapping[Spec, Path], found: dict, per_task: int = 3) -> pd.DataFrame:
-    """Some held-out questions and the greedy answers of every stage, first seed: not chosen, the first of each task."""
-    seed = P.seeds[0]
+def reading(P: Params, made: Folders, found: dict[Cell, "Answers"]) -> pd.DataFrame:
+    """Return the first three held-out questions of each task, with the greedy answers of every stage for one seed."""
     from transformers import AutoTokenizer  # it imports torch
 
-    tokenizer = AutoTokenizer.from_pretrained(folders[P.tuned(seed)] / "model", local_files_only=True)
-    texts = {stage: found[stage, seed, "greedy"].texts(tokenizer)[:, 0] for stage in P.stages}
+    seed = P.seeds[0]
+    tokenizer = AutoTokenizer.from_pretrained(made[P.tuned(seed)] / "model", local_files_only=True)
     questions = found["chat", seed, "greedy"].questions
-    rows = []
-    for task in P.tasks:
-        for row in [i for i, question in enumerate(questions) if question.task == task][:per_task]:
-            about = {"task": task, "question": questions[row].text, "right_answer": questions[row].answer}
-            rows.append(about | {stage: texts[stage][row] for stage in P.stages})
-    return pd.DataFrame(rows)
-
-
-def _runs(P: Params, folders: Mapping[Spec, Path], found: dict) -> pd.DataFrame:
-    rows: list[dict[str, Any]] = []
-    common = {"figure": P.figure, "command": command(P), "rung": P.checkpoint}
-    common["num_params"] = checkpoint(P.checkpoint).num_params
-    for (stage, seed, kind), answers in found.items():
-        spec = P.evaluation(stage, seed) if kind == "sampled" else P.greedy(stage, seed)
-        for task in P.tasks:
-            of = answers.tasks == task
-            values = {
-                f"{kind}_accuracy": answers.right[of].mean(),
-                f"{kind}_bare": answers.bare[of].mean(),
-                f"{kind}_finished": answers.finished[of].mean(),
-                f"{kind}_response_tokens": answers.lengths[of].mean(),
-            }
-            about = {"node": spec.key, "stage": stage, "task": task, "seed": seed, "num_prompts": int(of.sum())}
-            rows += [common | about | {"metric": name, "value": float(value)} for name, value in values.items()]
-    of_task = found["tuned", P.seeds[0], "sampled"].tasks
-    for seed in P.seeds:
-        spec = P.reward_model(seed)
-        accuracy = load_file(folders[spec] / "held_out.safetensors")["pair_accuracy"]
-        for task in P.tasks:
-            mixed = accuracy[of_task == task]
-            mixed = mixed[~np.isnan(mixed)]
-            if len(mixed):
-                about = {"node": spec.key, "stage": "reward_model", "task": task, "seed": seed}
-                about |= {"metric": "pair_accuracy", "value": float(mixed.mean()), "num_prompts": len(mixed)}
-                rows.append(common | about)
-    return pd.DataFrame(rows)
-
-
-def _best_of_n(P: Params, folders: Mapping[Spec, Path], found: dict) -> list[dict[str, Any]]:
-    right = np.array([found["tuned", seed, "sampled"].right for seed in P.seeds], float)
-    scores = np.array([load_file(folders[P.scores(seed)] / "scores.safetensors")["scores"] for seed in P.seeds])
-    curve = np.moveaxis(best_of_n(right, scores, list(P.best_of)), -1, 0)
-    best = zip(P.best_of, mean_intervals(curve).split(), strict=True)
-    return [summary_row("best_of_n", part, num_responses=size, stage="tuned", task="all") for size, part in best]
-
-
-def _all_prompts(P: Params, found: dict) -> pd.DataFrame:
-    parts = []
-    for (stage, seed, kind), answers in found.items():
-        spec = P.evaluation(stage, seed) if kind == "sampled" else P.greedy(stage, seed)
-        values = per_prompt_table(spec, seed, f"{kind}_accuracy", answers.right.mean(1))
-        parts.append(values.assign(stage=stage, task=answers.tasks))
-    return pd.concat(parts)
+    table = pd.DataFrame(
+        [{"task": asked.task, "question": asked.text, "right_answer": asked.answer} for asked in questions]
+    )
+    for stage in P.stages:
+        table[stage] = found[stage, seed, "greedy"].texts(tokenizer)[:, 0]
+    return pd.concat([table[table["task"] == task].head(3) for task in P.tasks], ignore_index=True)
 
 
 REAL_STAGES = {
@@ -271,12 +238,12 @@ REAL_STAGES = {
     "mixed-lora": ("PPO by score and verifier, LoRA", style.CATEGORIES[0]),
     "mixed-qlora": ("PPO by score and verifier, QLoRA", style.CATEGORIES[2]),
 }
-"""Label and colour of each stage of the pipeline on a published model."""
+"""Label and colour of each stage."""
 
 
 @style.styled
 def draw(runs: pd.DataFrame, summary: pd.DataFrame, training: pd.DataFrame) -> Figure:
-    """Accuracy by task and stage, PPO's roll-outs update by update, and response lengths.
+    """Draw accuracy by task and stage, PPO's roll-outs update by update, and response lengths.
 
     Args:
         runs: ``stage``, ``task``, ``seed``, ``metric``, ``value``; metrics ``sampled_accuracy`` and
@@ -284,31 +251,29 @@ def draw(runs: pd.DataFrame, summary: pd.DataFrame, training: pd.DataFrame) -> F
         summary: the common columns, ``stage`` and ``task``; quantity ``sampled_accuracy``.
         training: ``stage``, ``seed``, ``update`` and ``right``, the share of right roll-outs.
     """
-    rows = style.select(summary, "sampled_accuracy")
-    stages = [name for name in REAL_STAGES if name in set(rows["stage"])]
-    tasks = sorted(set(rows["task"]), key=lambda task: (task == "all", task))
-    caption = (
-        style.interval_caption(summary, "dots: seeds; bars: ") + " A response is right if the last number in it is."
-    )
+    estimates = style.select(summary, "sampled_accuracy")
+    stages = [name for name in REAL_STAGES if name in set(estimates["stage"])]
+    tasks = sorted(set(estimates["task"]), key=lambda task: (task == "all", task))
+    caption = style.interval_caption(summary, "dots: seeds; bars: ")
+    caption += " A response is right if the last number in it is."
     figure, axes, legend = style.new_figure(2, 2, 4.6, caption)
     grid = axes[0, 0].get_gridspec()
     for axis in axes[0]:
         axis.remove()
     top, left, right = figure.add_subplot(grid[0, :]), axes[1, 0], axes[1, 1]
+    handles = []
     for number, stage in enumerate(stages):
-        color = REAL_STAGES[stage][1]
-        shift = 0.16 * (number - (len(stages) - 1) / 2)
-        for place, task in enumerate(tasks):
-            at = {"x": place + shift}
-            style.draw_estimates(top, style.select(rows, "sampled_accuracy", stage=stage, task=task).assign(**at), "x",
-                       color=color, marker="o", linestyle="none")  # fmt: skip
-            of = runs[(runs["metric"] == "sampled_accuracy") & (runs["stage"] == stage) & (runs["task"] == task)]
-            if len(of):
-                style.draw_dots(top, of.assign(**at), "x", color)
-        lengths = runs[(runs["metric"] == "sampled_response_tokens") & (runs["stage"] == stage)]
-        lengths = lengths.groupby("seed", as_index=False)["value"].mean().assign(x=number)
-        right.bar(number, lengths["value"].mean(), color=color, alpha=0.6, width=0.6)
-        right.scatter(lengths["x"], lengths["value"], s=7, color="0.2", zorder=3)
+        label, color = REAL_STAGES[stage]
+        handles.append(Line2D([], [], color=color, marker="o", linestyle="none", label=label))
+        place = {task: spot + 0.16 * (number - (len(stages) - 1) / 2) for spot, task in enumerate(tasks)}
+        bars, of_stage = estimates[estimates["stage"] == stage], runs[runs["stage"] == stage]
+        dots = of_stage[of_stage["metric"] == "sampled_accuracy"]
+        look = {"color": color, "marker": "o", "linestyle": "none"}
+        style.draw_estimates(top, bars.assign(x=bars["task"].map(place)), "x", **look)
+        style.draw_dots(top, dots.assign(x=dots["task"].map(place)), "x", color)
+        lengths = of_stage[of_stage["metric"] == "sampled_response_tokens"].groupby("seed")["value"].mean()
+        right.bar(number, lengths.mean(), color=color, alpha=0.6, width=0.6)
+        right.scatter([number] * len(lengths), lengths, s=7, color="0.2", zorder=3)
         for _, run in training[training["stage"] == stage].groupby("seed"):
             left.plot(run["update"] + 1, run["right"].rolling(3, min_periods=1).mean(), color=color, linewidth=1)
     top.set_xticks(range(len(tasks)), [task.replace("_", " ") for task in tasks])
@@ -316,6 +281,5 @@ def draw(runs: pd.DataFrame, summary: pd.DataFrame, training: pd.DataFrame) -> F
     left.set(title="PPO's roll-outs, every seed", xlabel="update (mean of three)", ylabel="share right")
     right.set(title="length of responses", ylabel="tokens")
     right.set_xticks([])
-    legend([Line2D([], [], color=REAL_STAGES[s][1], marker="o", linestyle="none", label=REAL_STAGES[s][0])
-            for s in stages], ncols=3)  # fmt: skip
+    legend(handles, ncols=3)
     return figure
