@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -249,13 +249,16 @@ def evaluate(
     with _errors() as console:
         if store:
             os.environ["RLHFSCALE_STORE"] = Store(store).location
-        from rlhfscale.evals import command  # it imports torch
+        _evaluate(options, out or paths.results_root() / "custom" / benchmark / Path(policy).name, console)
 
-        folder = out or paths.results_root() / "custom" / benchmark / Path(policy).name
-        try:
-            command.run(command.Options(**options), folder, console)
-        except command.CannotEvaluate as error:
-            raise ParamsError(str(error)) from None
+
+def _evaluate(options: dict[str, Any], folder: Path, console: Console) -> None:
+    from rlhfscale.evals import command  # it imports torch
+
+    try:
+        command.run(command.Options(**options), folder, console)
+    except command.CannotEvaluate as error:
+        raise ParamsError(str(error)) from None
 
 
 def _load(tier: str, wanted: list[str] | None, results: Path) -> list[runner.Figure]:

@@ -1,7 +1,8 @@
-"""Chat benchmarks: do their win rates and intervals say what is true?
+"""Chat benchmarks: do their win rates recover the truth, and do their intervals hold it?
 
-Judgments whose truth is planted go through the length-controlled win rate, and simulations count how often its
-intervals hold the truth. MT-Bench of two policies is added where its questions and a judge are installed.
+Simulated judgments, whose true win rate is known, go through the length-controlled win rate of AlpacaEval. Simulations
+also count how often its intervals hold the truth. Where MT-Bench's questions, two policies and a judge are installed,
+MT-Bench compares the policies.
 """
 
 import json
@@ -17,7 +18,7 @@ from pydantic import model_validator
 from rlhfscale.evals import alpaca_eval, planted, revisions, sources
 from rlhfscale.evals import specs as evals_specs
 from rlhfscale.runs.spec import Spec
-from rlhfscale.stats.bootstrap import bootstrap, summary_row
+from rlhfscale.stats.bootstrap import Interval, bootstrap, summary_row
 from rlhfscale.study import style
 from rlhfscale.study.artifacts import Folders
 from rlhfscale.study.figure import RecipeFigure
@@ -27,20 +28,20 @@ from rlhfscale.study.tables import Tables, command, new_rng, tier
 
 
 class Params(RecipeFigure):
-    """The chat benchmarks' metrics on judgments whose truth is planted, then MT-Bench of two policies.
+    """The length-controlled win rate on simulated judgments, and MT-Bench of two policies.
 
-    MT-Bench needs the questions, the policies and the judge. Where one of them is not installed the figure is made
-    without it (`missing` says what to install).
+    MT-Bench needs its questions, the policies and the judge. Where one of them is not installed, the figure is made
+    without MT-Bench, and `missing` says what to install.
     """
 
     figure: ClassVar[str] = "30_benchmarks"
     title: ClassVar[str] = "Chat benchmarks: win rates, lengths, and intervals that hold"
     judge_tokens: ClassVar[int] = 2048
-    """Of each judgment, as FastChat has it."""
+    """Longest judgment of MT-Bench in tokens, as in FastChat."""
     max_missing: ClassVar[float] = 0.05
-    """Share of missing verdicts that fails the run."""
+    """Share of missing verdicts above which MT-Bench fails."""
     dtype: ClassVar[str] = "bf16"
-    """Of models in process."""
+    """Number format of models that run in this process."""
 
     seed: int = field(role="scientific", ge=1, doc="of the planted judgments and of the policies' samples")
     win_rates: tuple[float, ...] = field(role="scientific", min_length=1, doc="planted, percent at equal length")
@@ -76,7 +77,7 @@ class Params(RecipeFigure):
 
     @property
     def missing(self) -> tuple[str, ...]:
-        """What MT-Bench lacks here, with the command that brings it."""
+        """What MT-Bench needs and is not installed here, with the command that installs it."""
         found = []
         try:
             sources.mt_bench_revision()
@@ -93,12 +94,12 @@ class Params(RecipeFigure):
 
     @property
     def hardest(self) -> int:
-        """Place of the model whose length and strength differ most from the baseline's."""
-        return max(range(len(self.extra_chars)), key=lambda place: abs(self.extra_chars[place]))
+        """Index of the simulated model whose answers differ most in length from the baseline's."""
+        return int(np.argmax(np.abs(self.extra_chars)))
 
     @property
     def coverage(self) -> evals_specs.Coverage:
-        """Of the intervals of the hardest model."""
+        """The simulations that count how often the intervals of the hardest model hold the truth."""
         return evals_specs.Coverage(
             win_rate=self.win_rates[self.hardest],
             extra_chars=self.extra_chars[self.hardest],
@@ -110,7 +111,7 @@ class Params(RecipeFigure):
 
     @property
     def mt_bench(self) -> evals_specs.MTBench:
-        """Raises FileNotFoundError where something is missing."""
+        """The run of MT-Bench. Raises FileNotFoundError where something is not installed."""
         kind, _, source = self.judge.partition(":")
         names = ("before_temperature", "after_temperature", "judge", "constrained", "num_questions", "max_new_tokens")
         names += ("judge_tokens", "max_missing", "dtype", "seed")
@@ -128,61 +129,60 @@ class Params(RecipeFigure):
         return (self.coverage,) if self.missing else (self.coverage, self.mt_bench)
 
 
-def measure(P: Params, folders: Folders) -> Tables:
-    """Planted judgments through the length-controlled metric, with the coverage of its intervals; and MT-Bench.
+def measure(P: Params, made: Folders) -> Tables:
+    """Return the win rates of the simulated models, how often their intervals hold the truth, and MT-Bench.
 
-    The further table mt_bench.csv holds MT-Bench's estimates. Where they cannot be made here, those of the same
-    parameters that stand in the results folder are kept: `mt_bench_note` says so.
+    The further table mt_bench.csv holds MT-Bench's estimates. Where MT-Bench cannot be run here, an earlier table of the
+    same parameters is kept if the results folder has one; `mt_bench_note` says which.
     """
-    node, about = f"planted-{P.hash}", {"figure": P.figure, "command": command(P), "seed": P.seed}
     runs, summary, prompts = [], [], []
-    for place, (win_rate, extra) in enumerate(zip(P.win_rates, P.extra_chars, strict=True)):
-        model, rng = f"planted {place + 1}", np.random.default_rng((P.seed, place))
-        drawn = planted.annotations(rng, win_rate=win_rate, extra_chars=extra, num_instructions=P.num_instructions)
-        gamed = planted.gamed(rng, num_instructions=P.num_instructions)
-        shown = {"model": model, "planted": win_rate}
-        intervals = {
-            "win_rate": alpaca_eval.win_rate_interval(drawn, rng=new_rng()),
-            "length_controlled": alpaca_eval.lc_interval(
-                drawn, gamed, C=planted.C, rng=new_rng(), num_draws=P.num_refits
-            ),
-            "extra_chars": bootstrap(
-                drawn.len_model - drawn.len_baseline, np.mean, unit="prompt", rng=new_rng(), on="means"
-            ),
-        }
+    for place, win_rate in enumerate(P.win_rates):
+        shown = {"model": f"planted {place + 1}", "planted": win_rate}
+        wins, intervals = _planted(P, place)
         summary += [summary_row(name, interval, **shown) for name, interval in intervals.items()]
-        cell = about | shown | {"node": node, "rung": "", "num_params": 0, "num_prompts": P.num_instructions}
-        runs += [cell | {"metric": name, "value": interval.estimate} for name, interval in intervals.items()]
-        per_prompt = {"node": node, "seed": P.seed, "metric": "win", "value": drawn.wins, "model": model}
-        prompts.append(pd.DataFrame(per_prompt).rename_axis("prompt_id").reset_index())
-    shares = json.loads((folders[P.coverage] / "coverage.json").read_text())
-    hardest = f"planted {P.hardest + 1}"
-    for name, share in shares.items():
+        runs += [shown | {"metric": name, "value": interval.estimate} for name, interval in intervals.items()]
+        prompts.append(pd.DataFrame({"metric": "win", "value": wins, "model": shown["model"]}))
+    about = {"node": f"planted-{P.hash}", "seed": P.seed}
+    common = about | {"figure": P.figure, "command": command(P), "rung": "", "num_params": 0}
+    counted = {"num_seeds": P.num_simulations, "num_prompts": P.num_instructions}
+    for name, share in json.loads((made[P.coverage] / "coverage.json").read_text()).items():
         low, high = proportion_interval(share, P.num_simulations)
-        summary.append(
-            {"quantity": "coverage", "model": hardest, "interval": name, "estimate": share}
-            | {"ci_low": low, "ci_high": high, "ci_method": "simulations, Wilson", "num_seeds": P.num_simulations}
-            | {"num_prompts": P.num_instructions}
-        )
-    extra = {}
-    mt_bench = _kept_mt_bench(P) if P.missing else _mt_bench(P, folders)
-    if mt_bench is not None:
-        extra["mt_bench.csv"] = mt_bench
-    return Tables(pd.DataFrame(runs), pd.DataFrame(summary), pd.concat(prompts), extra=extra)
+        row = {"quantity": "coverage", "model": f"planted {P.hardest + 1}", "interval": name, "estimate": share}
+        summary.append(row | {"ci_low": low, "ci_high": high, "ci_method": "simulations, Wilson"} | counted)
+    mt_bench = _kept_mt_bench(P) if P.missing else _mt_bench(P, made)
+    return Tables(
+        pd.DataFrame(runs).assign(num_prompts=P.num_instructions, **common),
+        pd.DataFrame(summary),
+        pd.concat([table.rename_axis("prompt_id").reset_index().assign(**about) for table in prompts]),
+        extra={} if mt_bench is None else {"mt_bench.csv": mt_bench},
+    )
+
+
+def _planted(P: Params, place: int) -> tuple[np.ndarray, dict[str, Interval]]:
+    """Wins float64 [instruction] of one simulated model, and the intervals of its win rates and of its extra length."""
+    rng, counted = np.random.default_rng((P.seed, place)), {"num_instructions": P.num_instructions}
+    drawn = planted.annotations(rng, win_rate=P.win_rates[place], extra_chars=P.extra_chars[place], **counted)
+    gamed = planted.gamed(rng, **counted)
+    extra_chars = drawn.len_model - drawn.len_baseline
+    options = {"C": planted.C, "rng": new_rng(), "num_draws": P.num_refits}
+    return drawn.wins, {
+        "win_rate": alpaca_eval.win_rate_interval(drawn, rng=new_rng()),
+        "length_controlled": alpaca_eval.lc_interval(drawn, gamed, **options),
+        "extra_chars": bootstrap(extra_chars, np.mean, unit="prompt", rng=new_rng(), on="means"),
+    }
 
 
 def proportion_interval(share: float, count: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's (1927) 95% interval of a share of ``count`` independent trials."""
+    """Return Wilson's (1927) 95% interval of a share of ``count`` independent trials."""
     middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
     half = z * np.sqrt(share * (1 - share) / count + z**2 / (4 * count**2)) / (1 + z**2 / count)
     return float(middle - half), float(middle + half)
 
 
-def _mt_bench(P: Params, folders: Folders) -> pd.DataFrame:
-
+def _mt_bench(P: Params, made: Folders) -> pd.DataFrame:
     from rlhfscale.evals import mt_judged  # it imports torch
 
-    folder = folders[P.mt_bench]
+    folder = made[P.mt_bench]
     about = {"judge": P.judge, "constrained": P.constrained}
     pairs = pd.read_csv(folder / "pairs.csv").replace({"winner": {np.nan: None}})
     tables = [mt_judged.mt_pair_summary(pairs, new_rng(), stage="after against before", **about)]
@@ -202,16 +202,23 @@ def _kept_mt_bench(P: Params) -> pd.DataFrame | None:
 
 
 def mt_bench_note(P: Params, tables: Tables) -> str:
-    """In a sentence, whether MT-Bench was run here, and what it would take."""
+    """Return a sentence that says whether MT-Bench was run here, and what is missing if not."""
     if not P.missing:
         return f"MT-Bench: {P.num_questions} questions, {P.after} against {P.before}, judged by {P.judge}."
     found = "the table below is an earlier run's" if "mt_bench.csv" in tables.extra else "no table of it is shown"
     return f"MT-Bench was not run here ({'; '.join(P.missing)}); {found}."
 
 
+KIND_STYLES = {
+    "win_rate": ("raw", style.CATEGORIES[7], "o", 0.14),
+    "length_controlled": ("at equal length", style.CATEGORIES[0], "s", -0.14),
+}
+"""Label, colour, marker and vertical shift of the two win rates."""
+
+
 @style.styled
 def draw(summary: pd.DataFrame, mt_bench: pd.DataFrame | None = None) -> Figure:
-    """Win rates with intervals beside the difference in length, a row for each model.
+    """Draw win rates with intervals beside the difference in length, a row for each model.
 
     Args:
         summary: the common columns and ``model``, ``planted`` (the true win rate at equal length, percent),
@@ -219,50 +226,36 @@ def draw(summary: pd.DataFrame, mt_bench: pd.DataFrame | None = None) -> Figure:
             ``coverage`` of the two kinds of ``interval`` for the caption.
         mt_bench: estimates of MT-Bench, whose pairs are drawn as a further row; None leaves it out.
     """
-    rows = [
-        (name, style.select(summary, "win_rate", model=name)) for name in style.select(summary, "win_rate")["model"]
-    ]
-    place = {name: float(len(rows) - index) for index, (name, _) in enumerate(rows)}
-    first = style.select(summary, "win_rate").iloc[0]
+    raw, extra_chars = style.select(summary, "win_rate"), style.select(summary, "extra_chars")
+    place = {name: float(len(raw) - index) for index, name in enumerate(raw["model"])}
+    first = raw.iloc[0]
     caption = f"Planted models: 95% intervals ({first.ci_method}), {first.num_prompts} instructions each."
-    for name in ("refit", "published"):
+    for name, label in {"refit": "intervals that refit", "published": "the published standard error"}.items():
         row = style.select(summary, "coverage", interval=name).iloc[0]
-        label = {"refit": "intervals that refit", "published": "the published standard error"}[name]
         caption += f" Coverage of {label}: {row.estimate:.2f} [{row.ci_low:.2f}, {row.ci_high:.2f}]."
-    pairs = None
     if mt_bench is not None:
-        pairs = style.select(mt_bench, "mt_bench/win_rate_adjusted").iloc[0]
-        caption += f" MT-Bench: {pairs.num_prompts} questions, judge {pairs.judge}."
-    figure, (left, right), legend = style.new_figure(1, 2, 1.3 + 0.42 * (len(place) + (pairs is not None)), caption)
-    kinds = {
-        "win_rate": ("raw", style.CATEGORIES[7], "o", 0.14),
-        "length_controlled": ("at equal length", style.CATEGORIES[0], "s", -0.14),
-    }
+        place["MT-Bench"] = 0.0
+        pairs, chars = (style.select(mt_bench, f"mt_bench/{name}") for name in ("win_rate_adjusted", "extra_chars"))
+        caption += f" MT-Bench: {pairs['num_prompts'].iloc[0]} questions, judge {pairs['judge'].iloc[0]}."
+    figure, (left, right), legend = style.new_figure(1, 2, 1.3 + 0.42 * len(place), caption)
     handles = []
-    for quantity, (label, color, marker, shift) in kinds.items():
+    for quantity, (label, color, marker, shift) in KIND_STYLES.items():
         table = style.select(summary, quantity)
         style.draw_across(left, table, table["model"].map(place) + shift, color, marker)
         handles.append(Line2D([], [], color=color, marker=marker, linestyle="none", label=label))
-    truth = style.select(summary, "length_controlled")
-    left.scatter(
-        truth["planted"], truth["model"].map(place) - 0.14, marker="|", s=120, color="k", linewidths=1.4, zorder=4
-    )
-    handles.append(Line2D([], [], color="k", marker="|", markersize=9, linestyle="none", label="planted truth"))
-    table = style.select(summary, "extra_chars")
-    style.draw_across(right, table, table["model"].map(place), style.CATEGORIES[2], "D")
-    if pairs is not None:
-        percent = pd.DataFrame([pairs[["estimate", "ci_low", "ci_high"]].astype(float) * 100])
+    truth = {"marker": "|", "color": "k"}
+    left.scatter(raw["planted"], raw["model"].map(place) - 0.14, s=120, linewidths=1.4, zorder=4, **truth)
+    handles.append(Line2D([], [], markersize=9, linestyle="none", label="planted truth", **truth))
+    style.draw_across(right, extra_chars, extra_chars["model"].map(place), style.CATEGORIES[2], "D")
+    if mt_bench is not None:
+        percent = pairs[["estimate", "ci_low", "ci_high"]].astype(float) * 100
         style.draw_across(left, percent, pd.Series([0.0]), style.CATEGORIES[3], "D")
-        style.draw_across(
-            right, style.select(mt_bench, "mt_bench/extra_chars"), pd.Series([0.0]), style.CATEGORIES[2], "D"
-        )
+        style.draw_across(right, chars, pd.Series([0.0]), style.CATEGORIES[2], "D")
         handles.append(Line2D([], [], color=style.CATEGORIES[3], marker="D", linestyle="none", label="MT-Bench pairs"))
-        place = place | {"MT-Bench": 0.0}
     left.axvline(50, color="0.4", linewidth=0.8)
     right.axvline(0, color="0.4", linewidth=0.8)
-    left.set(title="win rate", xlabel="percent", xlim=(0, 100), yticks=list(place.values()), yticklabels=list(place))
-    right.set(title="length", xlabel="characters more than the other side", yticks=list(place.values()), yticklabels=[])
-    for axis in (left, right):
-        axis.set_ylim(min(place.values()) - 0.5, max(place.values()) + 0.5)
+    rows = {"yticks": list(place.values()), "ylim": (min(place.values()) - 0.5, len(raw) + 0.5)}
+    left.set(title="win rate", xlabel="percent", xlim=(0, 100), yticklabels=list(place), **rows)
+    right.set(title="length", xlabel="characters more than the other side", yticklabels=[], **rows)
     legend(handles, ncols=4)
     return figure
