@@ -132,8 +132,8 @@ class Params(RecipeFigure):
 def measure(P: Params, made: Folders) -> Tables:
     """Return the win rates of the simulated models, how often their intervals hold the truth, and MT-Bench.
 
-    The further table mt_bench.csv holds MT-Bench's estimates. Where MT-Bench cannot be run here, an earlier table of the
-    same parameters is kept if the results folder has one; `mt_bench_note` says which.
+    The further table mt_bench.csv holds MT-Bench's estimates. Where MT-Bench cannot be run here, an earlier table of
+    the same parameters is kept if the results folder has one; `mt_bench_note` says which.
     """
     runs, summary, prompts = [], [], []
     for place, win_rate in enumerate(P.win_rates):
