@@ -57,7 +57,7 @@ def test_parameters_are_valid_and_are_those_of_the_notebook(file):
 def test_the_notebooks_defaults_are_the_laptop_tier():
     from papermill import inspect_notebook
 
-    for name in params.FIGURES.keys() & {path.stem for path in NOTEBOOKS}:
+    for name in params.FIGURES.keys() & {path.stem for path in (ROOT / "params" / "laptop").glob("*.yaml")}:
         cell = inspect_notebook(ROOT / "notebooks" / f"{name}.ipynb")
         defaults = {key: eval_literal(value["default"]) for key, value in cell.items()}
         assert defaults == params.load(name, "laptop").resolved()
@@ -230,7 +230,7 @@ def test_bad_recipes_name_file_and_field(tmp_path, monkeypatch, line, words):
     text = re.sub(rf"^{name}:.*\n", "", text, flags=re.MULTILINE)
     (tmp_path / "params" / "broken").mkdir(parents=True)
     (tmp_path / "params" / "broken" / "recipe.yaml").write_text(f"{text}{line}\n")
-    monkeypatch.setattr("rlhfscale.bed.recipe.project_root", lambda: tmp_path)
+    monkeypatch.setattr("rlhfscale.study.recipes.project_root", lambda: tmp_path)
     with pytest.raises(ParamsError, match=r"^params/broken/recipe.yaml: ") as caught:
         recipes.load("broken")
     recipes.load.cache_clear()

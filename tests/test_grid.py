@@ -185,8 +185,8 @@ DRIVER = textwrap.dedent("""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started with it ignored
     from rich.console import Console
     from toy_stages import Number, Total
-    from rlhfscale.grid import ensure
-    from rlhfscale.store import Store
+    from rlhfscale.runs.grid import ensure
+    from rlhfscale.runs.store import Store
     from test_grid import many
     if __name__ == "__main__":
         try:
@@ -274,7 +274,7 @@ def test_ctrl_c_leaves_no_half_artifact_and_a_re_run_continues(tmp_path):
 
 
 def test_progress_lines_where_there_is_no_terminal(tmp_path, monkeypatch):
-    monkeypatch.setattr(grid, "PLAIN_LINE_S", 0.3)
+    monkeypatch.setattr("rlhfscale.runs.progress.PLAIN_LINE_S", 0.3)
     console = quiet()
     run([Number(value=1, sleep_s=1.0)], Store(tmp_path), console=console)
     text = console.export_text()
