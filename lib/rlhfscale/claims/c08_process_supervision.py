@@ -80,10 +80,6 @@ class Params(OnePolicy):
             aggregate=self.aggregate,
         )
 
-    def cells(self) -> list[tuple[Kind, str, str]]:
-        """Return the kind, the rung and the training data of each reward model."""
-        return list(product(KINDS, self.reward_model_rungs, TRAINED_ON))
-
     @property
     def samples(self) -> specs.Samples:
         return self.settings.many_samples(self.policy_rung, self.settings.eval_prompts, self.num_samples)
@@ -100,7 +96,7 @@ class Params(OnePolicy):
         return tuple(self.policy(*cell) for cell in product(KINDS, self.seeds))
 
     def specs(self) -> tuple[Spec, ...]:
-        cells = [(*cell, seed) for cell in self.cells() for seed in self.seeds]
+        cells = list(product(KINDS, self.reward_model_rungs, TRAINED_ON, self.seeds))
         models, scored = [self.reward_model(*cell) for cell in cells], [self.scores(*cell) for cell in cells]
         return (*super().specs(), self.samples, *models, *scored)
 
