@@ -125,7 +125,7 @@ def test_bad_recipes_name_file_and_field(tmp_path, monkeypatch, name, value, wor
     values = params.read_yaml(ROOT / "params/paper/recipe.yaml") | {name: value}
     (tmp_path / "params" / "broken").mkdir(parents=True)
     (tmp_path / "params" / "broken" / "recipe.yaml").write_text(yaml.safe_dump(values))
-    monkeypatch.setattr("rlhfscale.bed.recipe.project_root", lambda: tmp_path)
+    monkeypatch.setattr("rlhfscale.study.recipes.project_root", lambda: tmp_path)
     with pytest.raises(ParamsError, match=r"^params/broken/recipe.yaml: ") as caught:
         recipes.load("broken")
     assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in words)
@@ -149,7 +149,7 @@ def test_there_are_as_many_questions_as_a_tier_asks_for(tier):
 def test_a_plan_needs_neither_torch_nor_the_network():
     code = (
         "import socket, sys; socket.socket.connect = lambda *a: sys.exit('network');"
-        "from rlhfscale.study import runner; from pathlib import Path; from rlhfscale.runs.store import Store;"
+        "import rlhfscale.claims; from rlhfscale.study import runner; from pathlib import Path; from rlhfscale.runs.store import Store;"
         "figures = runner.load_figures('paper', [], Path('results'));"
         "todo = runner.plan(figures, Store(sys.argv[1]), 2);"
         "print(len(todo.to_run), 'torch' in sys.modules, 'transformers' in sys.modules)"

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from rlhfscale.runs import provenance
 from rlhfscale.stats.bootstrap import Interval, summary_row
 from rlhfscale.study import results
 from rlhfscale.study.results import ResultsFolder
@@ -127,7 +128,7 @@ def test_manifest_works_without_git(folder, monkeypatch):
     def missing(*_, **__):
         raise FileNotFoundError("git")
 
-    monkeypatch.setattr(results.subprocess, "run", missing)
+    monkeypatch.setattr(provenance.subprocess, "run", missing)
     manifest = json.loads(folder.write_manifest({}, {}, command="c", seeds=[0]).read_text())
     assert manifest["git_commit"] is None
     assert manifest["git_dirty"] is None
