@@ -6,6 +6,7 @@ import sys
 import pytest
 import yaml
 
+import rlhfscale.claims  # noqa: F401  (registers the figures)
 from rlhfscale.chat import reasoning
 from rlhfscale.chat import specs as chat_specs
 from rlhfscale.chat import stages as chat_stages
@@ -149,7 +150,8 @@ def test_there_are_as_many_questions_as_a_tier_asks_for(tier):
 def test_a_plan_needs_neither_torch_nor_the_network():
     code = (
         "import socket, sys; socket.socket.connect = lambda *a: sys.exit('network');"
-        "import rlhfscale.claims; from rlhfscale.study import runner; from pathlib import Path; from rlhfscale.runs.store import Store;"
+        "import rlhfscale.claims; from pathlib import Path;"
+        "from rlhfscale.runs.store import Store; from rlhfscale.study import runner;"
         "figures = runner.load_figures('paper', [], Path('results'));"
         "todo = runner.plan(figures, Store(sys.argv[1]), 2);"
         "print(len(todo.to_run), 'torch' in sys.modules, 'transformers' in sys.modules)"
