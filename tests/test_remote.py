@@ -357,7 +357,7 @@ def test_without_a_network_nothing_is_computed(endpoint, tmp_path, monkeypatch):
     code = textwrap.dedent("""
         import sys
         from rlhfscale.runs.grid import ensure
-        from rlhfscale.remote import StoreError
+        from rlhfscale.runs.remote import StoreError
         from rlhfscale.runs.store import Store
         from toy_stages import Number
         try:

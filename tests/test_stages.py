@@ -48,7 +48,7 @@ POLICY = specs.Policy(
     missing_eos_penalty=1.0, lora_rank=2, lora_alpha=4.0, seed=0,
 )  # fmt: skip
 FIELDS = {name: getattr(POLICY, name) for name in specs.Policy.model_fields}
-NO_CRITIC = dict.fromkeys(specs.PPO_ONLY)
+NO_CRITIC = dict.fromkeys(specs.Policy.ppo_only)
 SIBLINGS = tuple(specs.Policy(**FIELDS | NO_CRITIC | {"algorithm": name}) for name in ("grpo", "rloo"))
 OF_POLICY = sampled(POLICY, "eval", seed=3)
 GREEDY = sampled(POLICY, "eval", seed=3, num_samples=1, temperature=0.0)
