@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import tiny
@@ -107,15 +108,6 @@ def runs(base: Path, dtype: str, saved: Path) -> dict[str, Callable[[], tuple[di
 def facts(base: Path, dtype: str) -> dict:
     """About one sharded model beside a whole one: what is equal, and what this process holds."""
     whole, sharded = loading.load_base(base, dtype), loading.load_base(base, dtype, sharded=True)
-    blocks = list({id(p.block): p.block for p in sharded.parameters() if hasattr(p, "block")}.values())
-    filled: list[int] = []
-    gather = sharding.Block.gather
-
-    def counting(block):
-        gather(block)
-        filled.append(sum(b._bytes.untyped_storage().nbytes() > 0 for b in blocks))
-
-    sharding.Block.gather = counting
     ids, _ = tiny_rl.ragged(vocabulary=56)
     found = {"logits": torch.equal(sharded(ids).logits, whole(ids).logits)}
     found["fingerprint"] = loading.fingerprint(sharded) == loading.fingerprint(whole)
@@ -123,14 +115,11 @@ def facts(base: Path, dtype: str) -> dict:
     with torch.enable_grad():
         for role in ("policy", "critic"):
             ours.hidden(ids, role).float().square().mean().backward()
-    sharding.Block.gather = gather
     prompts = tiny.prompts(3 - parallel.rank())  # so many requests that one process has more batches and longer answers
     options = {"seeds": request_seeds((parallel.rank(),), len(prompts)), "max_new_tokens": 12, "batch_size": 2}
     found |= {
-        "shares": sum(block.share.nbytes for block in blocks),
-        "beside": storage_bytes(ours.base),
+        "held": storage_bytes(ours.base),
         "whole": storage_bytes(whole),
-        "most filled": max(filled),
     }
     plain = networks.build(whole, critic="separate", rank=4)
     plain._fused = None  # its products are rounded otherwise
@@ -142,10 +131,11 @@ def facts(base: Path, dtype: str) -> dict:
 
 
 def storage_bytes(model) -> int:
-    """Of all weights but adapters, with the scales of 4-bit ones; those that are tied or share a block count once."""
+    """Of what this process holds of all weights but adapters, with the scales of 4-bit ones; tied ones count once."""
     tensors = [parameter for name, parameter in model.named_parameters() if ".lora_" not in name]
     states = [tensor.quant_state for tensor in tensors if getattr(tensor, "quant_state", None) is not None]
-    storages = [tensor.untyped_storage() for tensor in (*tensors, *(state.absmax for state in states))]
+    local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+    storages = [tensor.untyped_storage() for tensor in (*local, *(state.absmax for state in states))]
     return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 

@@ -1,11 +1,16 @@
 """Strict parameters: one-line errors that name the field, and agreement with the notebook."""
 
+import os
+import random
+import subprocess
+import sys
 from typing import ClassVar, Literal
 
 import nbformat
 import pytest
 from pydantic import model_validator
 
+from rlhfscale.runs.paths import project_root
 from rlhfscale.study import params
 from rlhfscale.study.params import FIGURES, FigureParams, ParamsError, check_notebook_parameters, field, load
 from toy_stages import ToyParams
@@ -54,6 +59,23 @@ def write(tmp_path, text, name="93_strict.yaml"):
         ("lr: 0.1\nlr: 0.2", "lr: given twice"),
         ("- 1", "must hold parameter: value lines"),
         ("lr: [", "while parsing"),
+        ("a: &a [1, 1]\nb: *a", "line 1: an anchor .&a. is not allowed"),
+        ("seeds: *a", "line 1: an alias .*a. is not allowed"),
+        ("seeds: !!python/name:os.system x", "line 1: a tag .* is not allowed"),
+        ("lr: !!float x", "line 1: a tag .!!float. is not allowed"),
+        ("lr: 0.1\nseeds: " + "[" * 2000, "line 2: .*nested more than 16 deep"),
+        ("seeds: [" + "1" * 5000 + "]", "line 1: a value of 5000 characters; at most 1000 are allowed"),
+        ("? [1, 2]\n: 1", "line 1: a name must be plain text"),
+        ("{{a: 1}: 2}", "line 1: a name must be plain text"),
+        ("{a: 1}: 2", "line 1: a name must be plain text"),
+        ("seeds: 2026-13-45", "seeds: .*not '2026-13-45'"),
+        ("seeds: 2026-01-05", "seeds: .*not '2026-01-05'"),
+        ("lr: 0.1\n---\nlr: 0.2", "line 2: a second document"),
+        ("lr: 0x_", "line 1: '0x_' is not a value"),
+        ("seeds: \x00", "not readable|not allowed"),
+        ("<<: {lr: 0.1}", "<<: unknown parameter"),
+        ("1: 2", "line 1: a name must be plain text"),
+        ("lr: 0.1 # " + "x" * 2_000_000, "2000010 bytes; a parameter file has at most 1000000"),
     ],
 )
 def test_bad_values_are_named_in_one_line(tmp_path, text, message):
@@ -61,6 +83,79 @@ def test_bad_values_are_named_in_one_line(tmp_path, text, message):
     with pytest.raises(ParamsError, match=f"93_strict.yaml: {message}") as error:
         load(path)
     assert "\n" not in str(error.value)
+
+
+def refusal(path) -> str | None:
+    try:
+        load(path)
+    except ParamsError as error:
+        return str(error)
+    return None
+
+
+def test_no_text_makes_the_loader_fail_otherwise(tmp_path):
+    """Texts put together at random from what YAML gives a meaning: each is read, or refused in one line."""
+    rng = random.Random(17)
+    pieces = [
+        *(
+            "seeds",
+            "lr",
+            "num_prompts",
+            ": ",
+            ":",
+            " ",
+            "\n",
+            "\n  ",
+            "\t",
+            "- ",
+            "[",
+            "]",
+            "{",
+            "}",
+            ",",
+            "? ",
+            "&a ",
+            "*a",
+        ),
+        *(
+            "!!int ",
+            "!x ",
+            "!!python/object:os.x ",
+            "|",
+            ">-",
+            "'",
+            '"',
+            "\\",
+            "#",
+            "%YAML 1.2",
+            "---",
+            "...",
+            "<<",
+            "@",
+            "`",
+        ),
+        *(
+            "1",
+            "1e-4",
+            "-0",
+            ".inf",
+            "0o7",
+            "0b",
+            "1_000",
+            "12:30:45",
+            "2026-02-30",
+            "~",
+            "yes",
+            "null",
+            "\u2028",
+            "\ufeff",
+            "é",
+        ),
+    ]
+    for _ in range(300):
+        path = write(tmp_path, "".join(rng.choices(pieces, k=rng.randint(1, 14))))
+        said = refusal(path)
+        assert said is None or (said.startswith(f"{path}: ") and "\n" not in said)
 
 
 def test_good_values_are_read_and_lists_become_tuples(tmp_path):
@@ -143,3 +238,52 @@ def test_a_figure_without_specs_says_so():
 def test_parse_prefixes_the_source():
     with pytest.raises(params.ParamsError, match="^cell 3: lr: "):
         Strict.parse({"lr": "x"}, source="cell 3")
+
+
+CELL_OF_STRICT = "seeds = [0, 1]\nnum_prompts = 8\nlr = 0.1\nalgorithm = 'ppo'\npairs = [[1, 'a']]"
+
+
+def namespace(*cells: str, **more) -> dict:
+    """What a notebook's ``globals()`` holds after these cells: what they assign, and their sources in ``In``."""
+    found: dict = {"In": ["", *cells]}
+    for cell in cells:
+        exec(cell, found)
+    return found | more
+
+
+def test_a_notebook_has_its_parameters_from_the_cell_alone():
+    found = Strict.of(
+        namespace("import math\nwidth = math.pi", CELL_OF_STRICT, "# Parameters\nnum_prompts = 4", "unrelated = 1")
+    )
+    assert found == Strict(seeds=(0, 1), num_prompts=4, lr=0.1, algorithm="ppo", pairs=((1, "a"),))
+
+
+@pytest.mark.parametrize(
+    "cells", [(CELL_OF_STRICT, "# Parameters\nnum_promts = 4"), (CELL_OF_STRICT + "\nnum_promts = 4",)]
+)
+def test_a_misspelt_parameter_is_refused_in_the_notebook(cells):
+    with pytest.raises(
+        ParamsError, match=r"num_promts: unknown parameter \(did you mean num_prompts\?\); allowed: seeds"
+    ):
+        Strict.of(namespace(*cells))
+
+
+def test_a_cell_that_was_mended_and_run_again_counts():
+    found = namespace(CELL_OF_STRICT + "\nnum_promts = 4", CELL_OF_STRICT)
+    assert Strict.of(found).num_prompts == 8
+
+
+def test_a_notebook_without_a_value_that_fits_is_refused():
+    with pytest.raises(ParamsError, match="lr: .*greater than 0"):
+        Strict.of(namespace(CELL_OF_STRICT.replace("0.1", "-0.1")))
+
+
+@pytest.mark.slow
+def test_papermill_itself_is_told_of_a_misspelt_parameter(tmp_path):
+    """``papermill -p`` only warns; the notebook stops before anything is made."""
+    notebook = project_root() / "notebooks" / "06_best_of_n.ipynb"
+    command = [sys.executable, "-m", "papermill", notebook, tmp_path / "out.ipynb", "-p", "num_sample", "8"]
+    environment = os.environ | {"RLHFSCALE_TIER": "smoke", "RLHFSCALE_STORE": str(tmp_path / "store")}
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode and "num_sample: unknown parameter (did you mean num_samples?)" in done.stderr
+    assert not (tmp_path / "store").exists()

@@ -1,6 +1,9 @@
 """Our PPO, reward-model training and sampler timed against the library one would otherwise take.
 
-`run.timed` times one of the `cases`; `report` writes tables and figure. Each side is a child process that speaks
-peers/protocol.py: ours is `ours`, the others are the scripts below peers/, which an environment of their own can run
-(requirements/bench.txt).
+    cases.py   what is timed, as data
+    run.py     one case from start to finish; rounds.py lets both sides take turns; flops.py measures the machine
+    ours.py    our side of every case; peers/ has the other sides, scripts for environments of their own
+    report.py  tables and picture
+
+Each side is a child process that speaks peers/protocol.py. requirements/bench.txt lists what the peers need.
 """

@@ -1,4 +1,4 @@
-"""The recipe of a tier whose ladder is published chat models: `recipe.Recipe`'s roles, described by `language`'s specs.
+"""The recipe of a tier whose ladder is published chat models: it describes each role by a spec of `chat.specs`.
 
 The figures ask either recipe for an SFT model, a reward model, a policy or responses of a rung by name, and neither
 they nor their notebooks know which ladder it is on. Nothing here imports torch.

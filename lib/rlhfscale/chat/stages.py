@@ -1,4 +1,4 @@
-"""The stages of the study on published language models; see `stages` for their signature and `language` for specs."""
+"""The stages of the study on published language models. Each is called like those of `bed.stages`, with its spec."""
 
 import gc
 import shutil

@@ -139,9 +139,8 @@ def fingerprint(model: torch.nn.Module) -> str:
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         if ".lora_" not in name and "lora_magnitude" not in name:
-            with sharding.whole(parameter):
-                flat = parameter.detach().reshape(-1)
-                sample = flat[:: max(1, len(flat) // 64)][:64].float().cpu().clone()  # sharded weights are gone behind
+            flat = sharding.values(parameter).reshape(-1)
+            sample = flat[:: max(1, len(flat) // 64)][:64].float().cpu()
             plain = name.replace(".base_layer", "").removeprefix("base_model.model.")
             digest.update(f"{plain}{tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -87,7 +87,7 @@ if PeftLinear4bit is not None:
 
 
 def install(model: nn.Module) -> Switch:
-    """Let every plain LoRA layer of a PEFT model (no dropout, no variant, dense or 4-bit base) be fused.
+    """Let every plain LoRA layer of a PEFT model (no dropout, no variant, a whole dense or 4-bit base) be fused.
 
     Adapted layers of another kind compute as PEFT does, under the adapter that the switch says. Returns the switch.
     """
@@ -111,7 +111,8 @@ def install(model: nn.Module) -> Switch:
 def _is_plain(module: nn.Module) -> bool:
     dropout = any(isinstance(layer, nn.Dropout) for layer in module.lora_dropout.values())
     bias = any(module.lora_bias.values())
-    return not (dropout or bias or module.lora_variant or module.fan_in_fan_out)
+    shared = sharding.is_sharded(module.base_layer)
+    return not (dropout or bias or shared or module.lora_variant or module.fan_in_fan_out)
 
 
 def base_of(module: nn.Module) -> nn.Module:
@@ -147,7 +148,7 @@ class Projection:
         self.sizes = [base.out_features for base in bases]
         self.columns = [slice(sum(self.sizes[:i]), sum(self.sizes[: i + 1])) for i in range(len(bases))]
         self.block = None
-        if all(type(base) is nn.Linear and not sharding.is_sharded(base) for base in bases):
+        if all(type(base) is nn.Linear for base in bases):
             self.block = bases[0].weight.data if len(bases) == 1 else torch.cat([base.weight.data for base in bases])
             if move:
                 for base, part in zip(bases, self.block.split(self.sizes), strict=True):
@@ -192,8 +193,7 @@ class Projection:
         """What to multiply by in ``dtype``: a weight, and the adapters that are not part of it (see `lora`).
 
         A float32 weight is summed with its adapters, then rounded if ``dtype`` is lower; the sum is formed again once
-        an A or B has changed. A weight that is stored in fewer bits is not: summing would round the adapters away. Nor
-        is a sharded one, which is there only while its layer computes.
+        an A or B has changed. A weight that is stored in fewer bits is not: summing would round the adapters away.
         """
         lora = self.lora(name)
         if self.block is None or self.block.dtype != torch.float32:

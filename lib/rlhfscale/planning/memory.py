@@ -54,7 +54,7 @@ def peak(work: Workload, layout: Layout) -> Memory:
     gathered = max(n.gathered_bytes() for n in networks) if layout.shards > 1 else 0.0
     loaded = sum(n.loaded_bytes for n in networks) if layout.kernels == "fused" else 0.0
     resident = {
-        "weights": sum(n.base_bytes for n in networks) / layout.shards + gathered + loaded,
+        "weights": sum(n.shared_bytes(layout.shards) for n in networks) + gathered + loaded,
         "adapters": sum(n.adapter_bytes + n.copies_bytes for n in networks),
         "learner": sum(n.learner_bytes for n in networks),
         "data": work.data_bytes if layout.kernels == "fused" else 0.0,

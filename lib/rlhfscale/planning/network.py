@@ -9,9 +9,12 @@ Precision = Literal["fp32", "bf16", "nf4"]
 
 Kernels = Literal["fused", "plain"]
 
-BYTES = {"fp32": 4.0, "bf16": 2.0, "nf4": 0.5 + 1 / 64 + 4 / (64 * 256)}
-"""Of a weight. NF4 has blocks of 64 with a scale of 8 bits, and of these blocks of 256 with one in float32 (Dettmers et
+SCALE_BYTES = 1 / 64 + 4 / (64 * 256)
+"""Of a weight in NF4: blocks of 64 with a scale of 8 bits, and of these blocks of 256 with one in float32 (Dettmers et
 al. 2023, section 3)."""
+
+BYTES = {"fp32": 4.0, "bf16": 2.0, "nf4": 0.5 + SCALE_BYTES}
+"""Of a weight."""
 
 ADAM_BYTES = 12.0
 """Gradient and two moments of a float32 parameter."""
@@ -62,6 +65,11 @@ class Network:
         return BYTES[self.stored] * shape.num_linear + (4.0 if self.stored == "fp32" else 2.0) * (
             shape.num_params - shape.num_linear
         )
+
+    def shared_bytes(self, shards: int) -> float:
+        """What each of ``shards`` processes holds of the base: a part of its weights, and all scales of 4-bit ones."""
+        scales = SCALE_BYTES * self.shape.num_linear if self.stored == "nf4" else 0.0
+        return scales + (self.base_bytes - scales) / shards
 
     @property
     def adapter_bytes(self) -> float:

@@ -40,8 +40,8 @@ def token_logprobs(
     Returns:
         logprobs and entropy in nats, both float32 [token]. Differentiable; the entropy by `with_entropy_gradient` only.
     """
-    if type(head) is nn.Linear and not head.weight.requires_grad:
-        with sharding.whole(head.weight):
+    if isinstance(head, nn.Linear) and head.weight.is_floating_point() and not head.weight.requires_grad:
+        with sharding.whole(head):
             return FrozenHead.apply(hidden, head.weight, head.bias, tokens, temperature)
     return with_entropy_gradient(hidden, head, tokens, temperature)
 
@@ -51,27 +51,27 @@ def with_entropy_gradient(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `token_logprobs`, with an entropy that can be differentiated; logits are computed again in the backward
     pass."""
-    return sharding.call(head.weight, _chunked, _plain, hidden, head, tokens, temperature)
+    size = _rows(head.weight.shape[0])
+    return sharding.call(head, _chunked, hidden, tokens, temperature, size)
 
 
 def _rows(vocabulary: int) -> int:
     return max(1, CHUNK // vocabulary)
 
 
-def _chunked(function, hidden, head, tokens, temperature):
-    size = _rows(head.weight.shape[0])
+def _chunked(head, hidden, tokens, temperature, size):
     parts = []
     for h, y in zip(hidden.split(size), tokens.split(size), strict=True):
         again = torch.is_grad_enabled() and len(hidden) > size
         parts.append(
-            checkpoint(function, h, head, y, temperature, use_reentrant=False)
+            checkpoint(_plain, head, h, y, temperature, use_reentrant=False)
             if again
-            else function(h, head, y, temperature)
+            else _plain(head, h, y, temperature)
         )
     return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
 
-def _plain(hidden, head, tokens, temperature):
+def _plain(head, hidden, tokens, temperature):
     distribution = torch.log_softmax(head(hidden).float() / temperature, dim=-1)
     entropy = -(distribution.exp() * distribution).sum(1)
     return distribution.gather(1, tokens[:, None]).squeeze(1), entropy

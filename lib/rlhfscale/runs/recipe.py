@@ -1,4 +1,4 @@
-"""What the recipes of both ladders share: see `recipe` and `language_recipe`. Nothing here imports torch."""
+"""What the recipes of both ladders share: see `bed.recipe` and `chat.recipe`. Nothing here imports torch."""
 
 from collections.abc import Callable
 from typing import Any, ClassVar, Self

@@ -1,7 +1,7 @@
-"""Scaling laws: power laws with and without a floor, saturation curves, slope per doubling.
+"""Scaling laws: a power law, an exponential approach to a plateau, and the slope per doubling.
 
-Laws of a positive loss are fitted to log values under the Huber loss (Hoffmann et al. 2022, arXiv 2203.15556, approach
-3); saturation curves and slopes by least squares in the values themselves. Non-linear fits start from many points, keep
+The power law of a positive loss is fitted to log values under the Huber loss (Hoffmann et al. 2022, arXiv 2203.15556,
+approach 3); plateaus and slopes by least squares in the values themselves. Non-linear fits start from many points, keep
 the best end point and report how far the others ended from it. Each ``fit_*`` takes ``x``, ``y`` float64 [point] and
 returns a :class:`Fit`; :func:`fit_with_intervals` repeats one inside each bootstrap draw.
 """
@@ -34,7 +34,7 @@ class Fit:
     r2: float
     """Share of the variance of y that the curve explains, on the points fitted."""
     r2_log: float = float("nan")
-    """The same for log y, or for log (y - floor) where the law has a floor; NaN where no logs are taken."""
+    """The same for log y; NaN where no logs are taken."""
     num_starts: int = 1
     """Starting points of the optimiser."""
     start_spread: float = 0.0
@@ -57,16 +57,8 @@ def _power(x, a, b):
     return a * x**-b
 
 
-def _power_floor(x, floor, a, b):
-    return floor + a * x**-b
-
-
 def _saturation_exp(x, y_inf, y0, x0):
     return y_inf - (y_inf - y0) * np.exp(-x / x0)
-
-
-def _saturation_power(x, y_inf, a, b):
-    return y_inf - a * x**-b
 
 
 def slope_per_doubling(x, y) -> float | np.ndarray:
@@ -128,50 +120,6 @@ def fit_power_law(x, y, start: Fit | None = None) -> Fit:
     )
 
 
-def fit_power_law_floor(x, y, start: Fit | None = None) -> Fit:
-    """``y = floor + a * x^-b`` with ``floor >= 0``, ``a > 0``, ``0 <= b <= 5``; Huber loss on log y.
-
-    Args:
-        x, y: float64 [point], positive.
-        start: an earlier fit to start from, in place of many starts.
-
-    Raises:
-        ValueError: fewer than four distinct x, or values that are not positive.
-    """
-    x, y = _law_points(x, y)
-    y = _positive("y", y)
-    scale = np.exp(np.log(x).mean())
-    log_x, log_y = np.log(x / scale), np.log(y)
-
-    def residual(theta):
-        return np.logaddexp(np.log(theta[0]), theta[1] - theta[2] * log_x) - log_y
-
-    if start is None:
-        starts = []
-        for share in (0.0, 0.3, 0.6, 0.9, 0.99):
-            floor = share * y.min()
-            b, log_a = np.polyfit(log_x, np.log(y - floor), 1)
-            starts += [(floor, log_a, np.clip(-b * factor, 0.0, 5.0)) for factor in (0.5, 1.0, 2.0)]
-    else:
-        floor, a, b = start.parameters.values()
-        starts = [(min(floor, 0.99 * y.min()), np.log(a) - b * np.log(scale), b)]
-    bounds = ([0.0, -np.inf, 0.0], [y.min(), np.inf, 5.0])
-    theta, spread = _best_of(residual, starts, bounds, huber=True)
-    floor, b = float(theta[0]), float(theta[2])
-    parameters = {"floor": floor, "a": float(np.exp(theta[1] + b * np.log(scale))), "b": b}
-    predicted = _power_floor(x, *parameters.values())
-    above = y > floor
-    return Fit(
-        "y = floor + a * x^-b",
-        parameters,
-        _power_floor,
-        _r2(y, predicted),
-        _r2(np.log(y[above] - floor), np.log(predicted[above] - floor)),
-        len(starts),
-        spread,
-    )
-
-
 def fit_saturation_exp(x, y, start: Fit | None = None) -> Fit:
     """``y = y_inf - (y_inf - y0) * exp(-x / x0)`` by least squares, ``x0 > 0``; ``y0`` is the value at x = 0.
 
@@ -210,46 +158,8 @@ def fit_saturation_exp(x, y, start: Fit | None = None) -> Fit:
     )
 
 
-def fit_saturation_power(x, y, start: Fit | None = None) -> Fit:
-    """``y = y_inf - a * x^-b`` by least squares, ``0.01 <= b <= 5``.
-
-    Args:
-        x, y: float64 [point]; x positive.
-        start: an earlier fit to start from, in place of many starts.
-
-    Raises:
-        ValueError: fewer than four distinct x, or x not positive.
-    """
-    x, y = _law_points(x, y)
-    scale = np.exp(np.log(_positive("x", x)).mean())
-    relative = x / scale
-
-    def residual(theta):
-        return _saturation_power(relative, *theta) - y
-
-    if start is None:
-        starts = []
-        for b in np.geomspace(0.05, 4, 8):
-            (y_inf, a), *_ = np.linalg.lstsq(np.stack([np.ones_like(x), -(relative**-b)], 1), y)
-            starts.append((y_inf, a, b))
-    else:
-        y_inf, a, b = start.parameters.values()
-        starts = [(y_inf, a * scale**-b, b)]
-    theta, spread = _best_of(residual, starts, ([-np.inf, -np.inf, 0.01], [np.inf, np.inf, 5.0]))
-    parameters = {"y_inf": float(theta[0]), "a": float(theta[1] * scale ** theta[2]), "b": float(theta[2])}
-    predicted = _saturation_power(x, *parameters.values())
-    return Fit(
-        "y = y_inf - a * x^-b",
-        parameters,
-        _saturation_power,
-        r2=_r2(y, predicted),
-        num_starts=len(starts),
-        start_spread=spread,
-    )
-
-
-_POSITIVE_CURVES = {_power, _power_floor}  # their bands are taken in log space
-_POSITIVE_PARAMETERS = {_power: {"a"}, _power_floor: {"a"}, _saturation_exp: {"x0"}}  # so are these intervals
+_POSITIVE_CURVES = {_power}  # their bands are taken in log space
+_POSITIVE_PARAMETERS = {_power: {"a"}, _saturation_exp: {"x0"}}  # so are these intervals
 
 
 def fit_with_intervals(
@@ -265,7 +175,7 @@ def fit_with_intervals(
 ) -> Fit:
     """Fit the means over seeds (and prompts), then refit inside each bootstrap draw for intervals and a band.
 
-    Intervals of scale parameters and bands of positive laws are taken in log space; a floor's interval is cut at 0.
+    Intervals of scale parameters and bands of positive laws are taken in log space.
 
     Args:
         fit: one of the ``fit_*`` functions of this module.
@@ -305,10 +215,10 @@ def fit_with_intervals(
         parts = nested_bootstrap(values, statistic, **options).split()
     else:
         parts = bootstrap(values, statistic, unit=unit, **options).split()
-    intervals = {}
-    for name, interval in zip(best.parameters, parts, strict=False):
-        interval = interval.map(np.exp) if name in log_names else interval
-        intervals[name] = replace(interval, low=max(interval.low, 0.0)) if name == "floor" else interval
+    intervals = {
+        name: interval.map(np.exp) if name in log_names else interval
+        for name, interval in zip(best.parameters, parts, strict=False)
+    }
     curve = [p.map(np.exp) if log_curve else p for p in parts[len(intervals) :]]
     band = {"x": grid} | {name: np.array([getattr(p, name) for p in curve]) for name in ("estimate", "low", "high")}
     return replace(best, intervals=intervals, band=band)

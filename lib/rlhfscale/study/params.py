@@ -13,12 +13,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, get_args
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from rich.table import Table
 
 from rlhfscale.runs.paths import current_tier, project_root
 from rlhfscale.runs.spec import Spec
+from rlhfscale.study.strict_yaml import YamlError, read
 
 Role = Literal["scientific", "nuisance", "fixed"]
 
@@ -140,19 +140,11 @@ def load(path_or_figure: str | Path, tier: str | None = None) -> FigureParams:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML mapping of plain values. Raises ParamsError; a key given twice is an error."""
+    """A file's mapping of plain values. Raises ParamsError, see `strict_yaml.read`."""
     try:
-        values = yaml.load(path.read_text(), Loader=_UniqueKeyLoader)
-    except FileNotFoundError:
-        raise ParamsError(f"{_short(path)}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ParamsError(f"{_short(path)}: not readable: {error}") from None
-    except yaml.YAMLError as error:
-        raise ParamsError(f"{_short(path)}: {' '.join(str(error).split())}") from None
-    values = {} if values is None else values
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise ParamsError(f"{_short(path)}: must hold parameter: value lines")
-    return values
+        return read(path)
+    except YamlError as error:
+        raise ParamsError(f"{_short(path)}: {error}") from None
 
 
 def assigned_names(cells: Sequence[str], parameters: set[str]) -> list[str]:
@@ -232,17 +224,6 @@ def _parameters_cell(notebook: Path) -> dict[str, str]:
         for target in statement.targets
         if isinstance(target, ast.Name)
     }
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.MarkedYAMLError(problem=f"{key}: given twice", problem_mark=key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
 
 
 def explain(problem: dict[str, Any], allowed: list[str]) -> str:

@@ -1,8 +1,7 @@
-"""Every figure from its tidy tables, offline.
+"""What the pictures of all claims share: colours, dots with intervals, captions, and how a picture is shown.
 
-Each figure is a pure function from the tables of a result folder (columns: see each function, and
-`study.results` for the common ones) to a matplotlib Figure. Numbers, intervals and verdicts are read from
-the tables, never computed here, except for what only places ink: means of dots and differences of paired dots.
+A picture is drawn by the ``draw`` of its claim, from the tables of its result folder alone. It computes nothing but
+what places ink, such as the mean of dots: numbers, intervals and verdicts are read from the tables.
 """
 
 import io
