@@ -15,9 +15,12 @@ import nbformat
 import pytest
 from typer.testing import CliRunner
 
+import rlhfscale
 import toy_stages
 from rlhfscale.cli import app
 from rlhfscale.runs.store import Store
+from rlhfscale.study import runner
+from rlhfscale.study.params import ParamsError
 from test_grid import alive, lines, no_half_artifact
 
 PARAMETERS = 'seeds = [1, 2]\nbest_of = 4\nlr = 0.1\nmood = ""'
@@ -141,6 +144,9 @@ def test_a_failed_figure_is_reported_and_the_other_one_lands(project):
     assert list((project / "results" / "smoke" / "92_other").iterdir()) == []
 
 
+NO_TIERS = ("../params/smoke", "/tmp", "accelerate", "", "../smoke", "smoke/", "smoke/.", ".")
+
+
 @pytest.mark.parametrize(
     ("arguments", "change", "message"),
     [
@@ -149,8 +155,33 @@ def test_a_failed_figure_is_reported_and_the_other_one_lands(project):
         (["run"], "num_promts: 3", "params/smoke/91_toy.yaml: num_promts: unknown parameter; allowed: seeds, best_of"),
         (["plan"], "seeds: []", "params/smoke/91_toy.yaml: seeds: list must not be empty"),
         (["run"], "best_of: 2.5", "params/smoke/91_toy.yaml: best_of: "),
-        (["run", "--store", "pyproject.toml"], None, "the folder is not writable"),
-        (["run", "--store", "s3://id:pass@bucket/x"], None, "store s3://...: it holds a password; leave it out"),
+        *((["run", "--tier", tier], None, f"unknown tier {tier!r}; allowed: smoke\n") for tier in NO_TIERS),
+        (["claims", "--tier", "../smoke"], None, "unknown tier '../smoke'; allowed: smoke\n"),
+        (["bench", "--tier", "../smoke"], None, "unknown tier '../smoke'; allowed: smoke\n"),
+        (
+            ["run", "--store", "pyproject.toml"],
+            None,
+            "pyproject.toml: the folder is not writable: change its permissions or",
+        ),
+        (["run", "--store", "/proc/x"], None, "store /proc/x: the folder is not writable: change its permissions or"),
+        (["run", "--store", ""], None, "store '': names no folder; give one"),
+        (["status", "--store", " "], None, "store '': names no folder; give one"),
+        (["run", "--results", ""], None, "--results: names no folder"),
+        (
+            ["run", "--results", "/dev/null/x"],
+            None,
+            "results /dev/null/x: the folder is not writable: change its",
+        ),
+        (
+            ["run", "--store", "https://token@host/x"],
+            None,
+            "store https://...: it holds a name or password; leave it out",
+        ),
+        (
+            ["run", "--store", "s3://id:pass@bucket/x"],
+            None,
+            "store s3://...: it holds a name or password; leave it out",
+        ),
         (["status", "--store", "nothing://bucket"], None, "store nothing://bucket: cannot open it"),
         (["claims"], None, "no verdicts yet"),
     ],
@@ -161,7 +192,57 @@ def test_bad_input_is_one_line_on_standard_error_and_exit_2(project, arguments, 
     done = call(*arguments, *(() if {"--tier", "status"} & {*arguments} else ("--tier", "smoke")))
     assert done.exit_code == 2
     assert message in done.stderr and done.stderr.count("\n") == 1
-    assert not (project / ".store").exists() and not (project / "results").exists()
+    assert not any("token" in text for text in (done.output, done.stderr))
+    assert not [*project.glob(".store/*/*"), *project.glob("results/*")]
+
+
+@pytest.mark.parametrize("number", ["91", "91_toy"])
+def test_figures_are_found_by_number(project, number):
+    assert "92_other" not in call("plan", "--tier", "smoke", "--figure", number).output
+
+
+def test_a_figure_below_ten_needs_no_zero(project):
+    (project / "params" / "smoke" / "91_toy.yaml").rename(project / "params" / "smoke" / "06_toy.yaml")
+    assert runner.figure_names("smoke", ["6"]) == runner.figure_names("smoke", ["06"]) == ["06_toy"]
+    with pytest.raises(ParamsError, match="unknown figure '9'"):
+        runner.figure_names("smoke", ["9"])
+
+
+def test_more_workers_than_cores_are_warned_of(project):
+    done = call("run", "--tier", "smoke", "--figure", "91", "--workers", "1000")
+    assert done.exit_code == 0 and "--workers 1000: this machine has" in done.stderr
+
+
+def test_the_version():
+    done = call("--version")
+    assert done.exit_code == 0 and done.output == f"rlhfscale {rlhfscale.__version__}\n"
+
+
+DAMAGED = ("[]", '"text"', "{}", '{"spec": 3}', '{"spec": {"stage": []}}', "\x00", "[" * 5000)
+
+
+def test_status_names_damaged_artifacts_and_counts_the_rest(project):
+    assert call("run", "--tier", "smoke", "--figure", "91").exit_code == 0
+    for index, text in enumerate(DAMAGED):
+        folder = project / ".store" / "number" / f"number-{index:016x}"
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text(text)
+    done = call("status")
+    assert done.exit_code == 0 and re.search(r"all +│ +5 ", done.output), done.output
+    for index in range(len(DAMAGED)):
+        assert f"damaged artifact number-{index:016x}: unreadable manifest.json (" in done.stderr
+
+
+def test_links_to_other_notebooks_lead_to_executed_ones(project):
+    write_notebook(project / "notebooks" / "91_toy.ipynb", PARAMETERS, BODY.format(schema="ToyParams"))
+    book = json.loads((project / "notebooks" / "91_toy.ipynb").read_text())
+    book["cells"].append(
+        {"cell_type": "markdown", "metadata": {}, "id": "links", "source": ["see [it](92_other.ipynb#a)"]}
+    )
+    (project / "notebooks" / "91_toy.ipynb").write_text(json.dumps(book))
+    assert call("run", "--tier", "smoke", "--figure", "91").exit_code == 0
+    text = (project / "results" / "smoke" / "91_toy" / "notebook.ipynb").read_text()
+    assert "see [it](../92_other/notebook.ipynb#a)" in text and "](92" not in text
 
 
 def test_a_notebook_that_disagrees_is_found_before_any_compute(project):

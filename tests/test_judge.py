@@ -102,6 +102,24 @@ def test_no_server_at_all_is_reported(tmp_path):
     assert reply.error == f"{gone.base_url}: connection failed (ConnectError)"
 
 
+@pytest.mark.parametrize(
+    "url", ["file:///etc/passwd", "ftp://host/v1", "localhost:8000/v1", "", "http://", "http:///v1", "//host/v1"]
+)
+def test_an_endpoint_is_reached_by_http(url):
+    with pytest.raises(JudgeError, match="is no address of an endpoint, such as http://localhost:8000/v1"):
+        Endpoint(MODEL, url)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://user:secret@host/v1", "https://secret@host:80/v1", "http://host/v1?key=secret", "file://secret@h/v1"],
+)
+def test_secrets_of_an_address_are_refused_and_not_repeated(url):
+    with pytest.raises(JudgeError, match="judge: ") as refused:
+        Endpoint(MODEL, url)
+    assert "secret" not in str(refused.value)
+
+
 @pytest.mark.parametrize("failure", ["down", "reset", "sleep"])
 def test_an_endpoint_that_is_gone_half_way_is_named_and_a_second_run_asks_for_the_rest(tmp_path, failure):
     """Down, dropping every connection, or silent: it is not asked for each of the other requests in turn."""

@@ -20,4 +20,9 @@ The rooms of the package, from the study down to the models; imports go down onl
 The trainers stand by themselves: ``from rlhfscale.rl import PPO, PPOConfig``.
 """
 
+import logging
+
 __version__ = "0.1.0"
+
+# bitsandbytes says at its import that a kernel, which is not used here, could not be downloaded
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 from rich.markdown import Markdown
 
+import rlhfscale
 from rlhfscale.planning import hardware
 from rlhfscale.runs import grid, paths
 from rlhfscale.runs.pool import PoolError
@@ -32,10 +33,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Tier = Annotated[str, typer.Option(help="Folder below params/: smoke, laptop, gpu24, gpu or paper.")]
+Tier = Annotated[str, typer.Option(help="smoke, laptop, gpu24, gpu or paper, or another folder below params/.")]
 Figures = Annotated[
     list[str] | None,
-    typer.Option("--figure", help="A figure's name or number, such as 01. Repeat for several. [default: all]"),
+    typer.Option("--figure", help="A figure's name or number, such as 1. Repeat for several. [default: all]"),
 ]
 Workers = Annotated[int, typer.Option(min=1, help="Worker processes, one thread each.")]
 Ray = Annotated[
@@ -53,6 +54,21 @@ StoreLocation = Annotated[
 ResultsFolder = Annotated[
     Path | None, typer.Option("--results", help="Results. [default: $RLHFSCALE_RESULTS, else results in the project]")
 ]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"rlhfscale {rlhfscale.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -82,8 +98,11 @@ def run(
     """
     with _errors() as console:
         _place_on(gpu, tier)
-        root = (results or paths.results_root()).absolute()
+        root = _results(results)
         figures, artifacts = _load(tier, figure, root), Store(store)
+        artifacts.check_writable()
+        paths.check_writable(root, "results", "--results, RLHFSCALE_RESULTS")
+        _warn_of_many(workers, ray)
         todo = runner.plan(figures, artifacts, workers)
         console.print(runner.plan_table(figures, todo))
         minutes = runner.total_s(figures, todo) / 60
@@ -132,7 +151,7 @@ def plan(
     """
     options = {name: value for name, value in locals().items() if name not in ("tier", "figure", "workers", "store")}
     with _errors() as console:
-        figures = _load(tier, figure, paths.results_root())
+        figures = _load(tier, figure, _results(None))
         todo = runner.plan(figures, Store(store), workers)
         from rlhfscale.study import plan as command
 
@@ -155,7 +174,8 @@ def claims(tier: Tier = "laptop", results: ResultsFolder = None) -> None:
     Example: `rlhfscale claims --tier laptop`
     """
     with _errors() as console:
-        path = (results or paths.results_root()).absolute() / tier / "claims.md"
+        runner.check_tier(tier)
+        path = _results(results) / tier / "claims.md"
         if not path.is_file():
             raise ParamsError(f"{path}: no verdicts yet; make the figures first: rlhfscale run --tier {tier}")
         text = path.read_text()
@@ -179,13 +199,15 @@ def bench(
     `make bench` sets up the peers and runs every case. Example: `rlhfscale bench ppo-rung --rounds 5`
     """
     with _errors():
+        runner.check_tier(tier)
         from rlhfscale.bench import report
         from rlhfscale.bench.run import select, timed
 
         peer = peer_python or str(paths.project_root() / ".venv-bench" / "bin" / "python")
-        folder = (results or paths.results_root()).absolute() / tier / report.NAME
+        folder = _results(results) / tier / report.NAME
         artifacts = Store(store)
         artifacts.check_writable()
+        paths.check_writable(folder, "results", "--results, RLHFSCALE_RESULTS")
         for case in select(what, peer):
             row = timed(case, artifacts.root / "bench", peer_python=peer, num_rounds=rounds, threads=threads)
             typer.echo(json.dumps(row, indent=1))
@@ -247,9 +269,12 @@ def evaluate(
     """
     options = {name: value for name, value in locals().items() if name not in ("store", "out")}
     with _errors() as console:
-        if store:
-            os.environ["RLHFSCALE_STORE"] = Store(store).location
-        _evaluate(options, out or paths.results_root() / "custom" / benchmark / Path(policy).name, console)
+        artifacts = Store(store)
+        artifacts.check_writable()
+        os.environ["RLHFSCALE_STORE"] = artifacts.location
+        folder = (out or _results(None) / "custom" / benchmark / Path(policy).name).absolute()
+        paths.check_writable(folder, "tables", "--out")
+        _evaluate(options, folder, console)
 
 
 def _evaluate(options: dict[str, Any], folder: Path, console: Console) -> None:
@@ -264,6 +289,21 @@ def _evaluate(options: dict[str, Any], folder: Path, console: Console) -> None:
 def _load(tier: str, wanted: list[str] | None, results: Path) -> list[runner.Figure]:
     importlib.import_module("rlhfscale.claims")  # registers the figures' parameters
     return runner.load_figures(tier, wanted or [], results)
+
+
+def _results(folder: Path | None) -> Path:
+    """The folder of the results. Raises ParamsError for an empty name, which would be the current folder."""
+    if folder is not None and folder == Path():
+        raise ParamsError("--results: names no folder; leave it out for results/ of the project")
+    return (folder or paths.results_root()).absolute()
+
+
+def _warn_of_many(workers: int, ray: str | None) -> None:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if workers > cores and ray is None:
+        warnings.warn(
+            f"--workers {workers}: this machine has {cores} cores, so more than {cores} gain nothing", stacklevel=2
+        )
 
 
 def _place_on(gpu: str | None, tier: str) -> None:
@@ -286,7 +326,7 @@ def _errors() -> Iterator[Console]:
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
         yield Console()
-    except (ParamsError, FileNotFoundError, StoreError, PoolError) as error:
+    except (ParamsError, FileNotFoundError, StoreError, PoolError, paths.NotWritable) as error:
         _exit(f"error: {error}", 2)
     except KeyboardInterrupt:
         _exit("interrupted", 130)

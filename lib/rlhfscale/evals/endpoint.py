@@ -7,10 +7,12 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 
 from rlhfscale.evals.judge import JudgeError, Reply, Request
+from rlhfscale.runs.paths import without_secrets
 
 NEW_TOKENS_FIELD = "max_completion_tokens"
 
@@ -47,7 +49,7 @@ class Endpoint:
     """
 
     name: str
-    base_url: str
+    base_url: str = field(repr=False)
     api_key: str = field(default="none", repr=False)
     revision: str = ""
     timeout_s: float = 120.0
@@ -60,6 +62,16 @@ class Endpoint:
     """What the endpoint calls the largest length; newer models of OpenAI refuse the old name and say the new one."""
     _silences: int = field(default=0, init=False, repr=False)
     """Requests given up since the last one that something came back for."""
+
+    def __post_init__(self):
+        address, shown = urlsplit(self.base_url), without_secrets(self.base_url)
+        if address.scheme not in ("http", "https") or not address.hostname:
+            raise JudgeError(f"judge: {shown} is no address of an endpoint, such as http://localhost:8000/v1")
+        if shown != self.base_url:
+            raise JudgeError(
+                f"judge: the address of {shown} holds a name, a password or a query; leave it out, and give the key by"
+                " --judge-key"
+            )
 
     def ask(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply]]:
         """As `Judge.ask`. Timeouts, broken connections, 408, 409, 429, 5xx, broken JSON and empty text are tried again;

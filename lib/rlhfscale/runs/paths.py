@@ -13,6 +13,37 @@ GPU_VARIABLE = "RLHFSCALE_GPU"
 """Names the kind of GPU that stages are placed on, see `planning.hardware`; passed on to every worker."""
 
 
+class NotWritable(Exception):
+    """A folder that cannot be written; the message names it and the option that chooses another, in one line."""
+
+
+def check_writable(folder: Path, what: str, option: str) -> None:
+    """Make a folder and try a file in it, to be called before any compute.
+
+    Raises NotWritable: ``what`` is said to lie there, and ``option`` to choose another place.
+    """
+    probe = folder / f".probe.{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            probe.write_bytes(b"probe")
+        finally:
+            probe.unlink(missing_ok=True)
+    except OSError as error:
+        raise NotWritable(
+            f"{what} {folder}: the folder is not writable: change its permissions or choose another ({option}) [{error.strerror}]"
+        ) from None
+
+
+def without_secrets(url: str) -> str:
+    """A URL without user information, query and fragment, which may hold passwords and keys: fit to be printed."""
+    scheme, found, rest = url.partition("://")
+    if not found:
+        return url
+    host, slash, path = re.split(r"[?#]", rest, maxsplit=1)[0].partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
+
+
 def project_root() -> Path:
     """The nearest folder at or above the current one whose pyproject.toml names rlhfscale, else the source checkout.
 

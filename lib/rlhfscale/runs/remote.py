@@ -65,9 +65,9 @@ class Remote:
 
     def __init__(self, url: str):
         scheme = url.partition("://")[0]
-        if re.search("://.*:.*@", url, re.DOTALL):
+        if re.search("://.*@", url, re.DOTALL):
             raise StoreError(
-                f"store {scheme}://...: it holds a password; leave it out and give it where {scheme} looks for it"
+                f"store {scheme}://...: it holds a name or password; leave it out, and give it where {scheme} looks"
                 f" ({self._hint(scheme)})"
             )
         if not URL.fullmatch(url):

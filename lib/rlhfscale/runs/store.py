@@ -27,7 +27,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from rlhfscale.runs.paths import is_url, store_location, store_root
+from rlhfscale.runs.paths import NotWritable, check_writable, is_url, store_location, store_root
 from rlhfscale.runs.remote import FULL, MANIFEST, Damaged, Remote, StoreError, at_once
 from rlhfscale.runs.spec import Spec, key_of
 
@@ -47,11 +47,13 @@ class Store:
             `runs.paths.store_root`.
 
     Raises:
-        StoreError: for a URL that holds a password.
+        StoreError: for a URL that holds a password, or an empty location.
     """
 
     def __init__(self, location: str | Path | None = None):
         location = store_location() if location is None else str(location)
+        if not location.strip():
+            raise StoreError("store '': names no folder; give one, or leave it out for .store of the project (--store)")
         self.remote = Remote(location) if is_url(location) else None
         self.root = store_root(location)
         self._verified: dict[str, tuple] = {}
@@ -207,19 +209,16 @@ class Store:
     def check_writable(self) -> None:
         """Raise StoreError unless a file can be written under the root, and at the URL; to be called before any
         compute."""
-        with self.writing():
-            probe = self.root / f".probe.{uuid.uuid4().hex[:8]}"
-            self.root.mkdir(parents=True, exist_ok=True)
-            try:
-                probe.write_bytes(b"probe")
-            finally:
-                probe.unlink(missing_ok=True)
+        try:
+            check_writable(self.root, "store", "--store, RLHFSCALE_STORE")
+        except NotWritable as error:
+            raise StoreError(str(error)) from None
         if self.remote:
             self.remote.check_writable()
 
     def artifacts(self) -> Iterator[dict[str, Any]]:
-        """The manifest of every artifact, by stage and key, unverified; unreadable ones are left out. With a URL, of
-        every artifact there."""
+        """The manifest of every artifact, by stage and key, with files unverified; one that is no manifest is named in
+        a warning and left out. With a URL, of every artifact there."""
         yield from filter(None, at_once(self._readable, self.remote.keys() if self.remote else self._keys_here()))
 
     def _keys_here(self) -> list[str]:
@@ -227,8 +226,16 @@ class Store:
         return [path.parts[-2] for path in paths if path.parts[-3] not in ("tmp", "corrupt", "checkpoints")]
 
     def _readable(self, key: str) -> dict[str, Any] | None:
-        with suppress(ValueError, KeyError):
-            return self.manifest(key)
+        try:
+            manifest = self.manifest(key)
+            if key_of(manifest["spec"]) == key and float(manifest["wall_s"]) + float(manifest["peak_memory_mib"]) >= 0:
+                [int(file["bytes"]) for file in manifest["files"].values()]
+                return manifest
+            problem = "it describes another artifact"
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            problem = f"{type(error).__name__}: {error}"
+        warnings.warn(f"damaged artifact {key}: unreadable {MANIFEST} ({problem})", stacklevel=2)
+        return None
 
     @contextmanager
     def _temporary(self, key: str) -> Iterator[Path]:
@@ -272,7 +279,7 @@ class Store:
                     return f"{name} has changed"
         except (FileNotFoundError, NotADirectoryError) as error:
             return f"{Path(error.filename).name} is missing"
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             return f"unreadable {MANIFEST} ({type(error).__name__})"
         self._verified[key] = stamp
         return None

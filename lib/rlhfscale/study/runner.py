@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from rlhfscale.models.files import replace_file
 from rlhfscale.runs import grid
 from rlhfscale.runs.paths import project_root
 from rlhfscale.runs.spec import Spec
@@ -49,31 +50,40 @@ class Figure:
     results: Path
 
 
+def tiers() -> list[str]:
+    """The names of all tiers: the folders of params/ that hold parameters of a figure."""
+    return sorted({path.parent.name for path in (project_root() / "params").glob("*/[0-9][0-9]_*.yaml")})
+
+
+def check_tier(tier: str) -> None:
+    """Raise ParamsError unless it is one of `tiers`."""
+    if tier not in tiers():
+        raise ParamsError(f"tier: unknown tier {tier!r}; allowed: {', '.join(tiers())}")
+
+
 def figure_names(tier: str, wanted: Sequence[str] = ()) -> list[str]:
     """The tier's figures in the order they are to be made: as listed in ``params/<tier>/order.yaml``, else by name.
 
     Args:
-        wanted: names or numbers, such as ``01``; without any, all that the order lists. A figure that it does not list
+        wanted: names or numbers, such as ``1``; without any, all that the order lists. A figure that it does not list
             needs what `make setup` leaves out, or longer, and is made when it is asked for.
 
     Raises ParamsError for an unknown tier or figure.
     """
+    check_tier(tier)
     folder = project_root() / "params" / tier
-    if not folder.is_dir():
-        tiers = ", ".join(sorted(path.name for path in folder.parent.glob("*/")))
-        raise ParamsError(f"tier: unknown tier {tier!r}; allowed: {tiers}")
     names = sorted(path.stem for path in folder.glob("[0-9][0-9]_*.yaml"))
     if (folder / "order.yaml").is_file():
         order = yaml.safe_load((folder / "order.yaml").read_text())
         if not isinstance(order, list) or len(set(map(str, order))) < len(order) or not {*map(str, order)} <= {*names}:
             raise ParamsError(f"params/{tier}/order.yaml: must be a list without repetition from: {', '.join(names)}")
         names = [*order, *(name for name in names if wanted and name not in order)]
-    chosen = {name for wish in wanted for name in names if name == wish or name.startswith(f"{wish}_")}
+    chosen = set()
     for wish in wanted:
-        if not any(name == wish or name.startswith(f"{wish}_") for name in names):
+        found = {name for name in names if name == wish or name.startswith(f"{wish.zfill(2)}_")}
+        if not found:
             raise ParamsError(f"figure: unknown figure {wish!r} in tier {tier}; allowed: {', '.join(names)}")
-    if not names:
-        raise ParamsError(f"tier: params/{tier} holds no figures")
+        chosen |= found
     return [name for name in names if not wanted or name in chosen]
 
 
@@ -260,6 +270,7 @@ class _Board:
                         process.wait(3)
                     process.kill()
         if process.returncode == 0 and not self.stopped.is_set():
+            link_results(executed)
             executed.replace(figure.results / "notebook.ipynb")
             return ""
         if executed.exists():
@@ -287,6 +298,16 @@ def verdict_lines(results: Path) -> list[str]:
             f"{claim['claim']} [{style}]{claim['verdict']}[/]  {escape(claim['statement'])}: {escape(interval)}"
         )
     return lines
+
+
+def link_results(notebook: Path) -> None:
+    """Let the links of an executed notebook to other notebooks lead to their executed ones, which lie in folders."""
+    content = json.loads(notebook.read_text())
+    for cell in content["cells"]:
+        if cell["cell_type"] == "markdown":
+            text = re.sub(r"\]\((\d\d_\w+)\.ipynb", r"](../\1/notebook.ipynb", "".join(cell["source"]))
+            cell["source"] = text.splitlines(keepends=True)
+    replace_file(notebook, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def _sweep(folder: Path) -> None:
