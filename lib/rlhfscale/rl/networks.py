@@ -85,7 +85,7 @@ def build(
         raise ValueError("adapter: none trains all weights, which a 4-bit base cannot; use adapter: lora")
     if adapter == "none" and sharding.is_sharded(base):
         raise ValueError("adapter: none trains all weights, of which a sharded base holds a part; use adapter: lora")
-    check_output_head(base)
+    check_output_head(base.eval())
     networks = (
         SharedBase(
             base.eval(),

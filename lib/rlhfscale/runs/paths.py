@@ -30,9 +30,8 @@ def check_writable(folder: Path, what: str, option: str) -> None:
         finally:
             probe.unlink(missing_ok=True)
     except OSError as error:
-        raise NotWritable(
-            f"{what} {folder}: the folder is not writable: change its permissions or choose another ({option}) [{error.strerror}]"
-        ) from None
+        advice = f"the folder is not writable: change its permissions or choose another ({option})"
+        raise NotWritable(f"{what} {folder}: {advice} [{error.strerror}]") from None
 
 
 def without_secrets(url: str) -> str:

@@ -307,7 +307,7 @@ def link_results(notebook: Path) -> None:
         if cell["cell_type"] == "markdown":
             text = re.sub(r"\]\((\d\d_\w+)\.ipynb", r"](../\1/notebook.ipynb", "".join(cell["source"]))
             cell["source"] = text.splitlines(keepends=True)
-    replace_file(notebook, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+    replace_file(notebook, json.dumps(content, indent=1, ensure_ascii=False).encode())
 
 
 def _sweep(folder: Path) -> None:
