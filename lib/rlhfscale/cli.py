@@ -273,7 +273,7 @@ def evaluate(
         artifacts.check_writable()
         os.environ["RLHFSCALE_STORE"] = artifacts.location
         folder = (out or _results(None) / "custom" / benchmark / Path(policy).name).absolute()
-        paths.check_writable(folder, "tables", "--out")
+        paths.check_writable(folder, "tables", "--out", keep=False)
         _evaluate(options, folder, console)
 
 

@@ -17,18 +17,20 @@ class NotWritable(Exception):
     """A folder that cannot be written; the message names it and the option that chooses another, in one line."""
 
 
-def check_writable(folder: Path, what: str, option: str) -> None:
-    """Make a folder and try a file in it, to be called before any compute.
+def check_writable(folder: Path, what: str, option: str, *, keep: bool = True) -> None:
+    """Make a folder and try a file in it, to be called before any compute. Unless ``keep``, what was made is removed.
 
     Raises NotWritable: ``what`` is said to lie there, and ``option`` to choose another place.
     """
-    probe = folder / f".probe.{os.getpid()}"
+    probe, made = folder / f".probe.{os.getpid()}", [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         try:
             probe.write_bytes(b"probe")
         finally:
             probe.unlink(missing_ok=True)
+        for path in () if keep else made:
+            path.rmdir()
     except OSError as error:
         advice = f"the folder is not writable: change its permissions or choose another ({option})"
         raise NotWritable(f"{what} {folder}: {advice} [{error.strerror}]") from None
