@@ -16,7 +16,7 @@ from rlhfscale.bed.responses import decode
 from rlhfscale.chat import reasoning
 from rlhfscale.evals import arena_hard, mt_bench, verifiers
 from rlhfscale.evals.benchmarks import _fill
-from rlhfscale.study import params, runner
+from rlhfscale.study import params, runner, strict_yaml
 from rlhfscale.study.params import ParamsError
 
 ROOT = Path(__file__).parents[1]
