@@ -100,7 +100,6 @@ def run(
         _place_on(gpu, tier)
         root = _results(results)
         figures, artifacts = _load(tier, figure, root), Store(store)
-        artifacts.check_writable()
         paths.check_writable(root, "results", "--results, RLHFSCALE_RESULTS")
         _warn_of_many(workers, ray)
         todo = runner.plan(figures, artifacts, workers)

@@ -49,7 +49,7 @@ class Endpoint:
     """
 
     name: str
-    base_url: str = field(repr=False)
+    base_url: str
     api_key: str = field(default="none", repr=False)
     revision: str = ""
     timeout_s: float = 120.0

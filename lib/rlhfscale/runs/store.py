@@ -228,8 +228,9 @@ class Store:
     def _readable(self, key: str) -> dict[str, Any] | None:
         try:
             manifest = self.manifest(key)
-            if key_of(manifest["spec"]) == key and float(manifest["wall_s"]) + float(manifest["peak_memory_mib"]) >= 0:
-                [int(file["bytes"]) for file in manifest["files"].values()]
+            numbers = [file["bytes"] for file in manifest["files"].values()]
+            numbers += [manifest["wall_s"], manifest["peak_memory_mib"]]
+            if key_of(manifest["spec"]) == key and sum(numbers) >= 0:  # numbers they are
                 return manifest
             problem = "it describes another artifact"
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:

@@ -1,7 +1,7 @@
 """What the claims share.
 
 params.py     parameters of a figure: typed, read from params/<tier>/, checked before anything is computed
-    strict_yaml.py  the reader of these files, for plain values alone
+strict_yaml.py  the reader of these files, for plain values alone
 figure.py     what these parameters have in common: a recipe, seeds, a rung
 recipes.py    the settings that all figures of a tier hold fixed
 roles.py      the specs of each role (SFT model, reward model, policy) on either ladder of models

@@ -30,14 +30,30 @@ class _Loader(yaml.SafeLoader):
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        """Refuse what is not plain as it is parsed: nothing is built yet. ``index`` is None for a mapping's name."""
+        event = self.peek_event()
+        _check_event(event, self.depth)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        if isinstance(parent, yaml.MappingNode) and index is None:
+            _check_name(node, parent, _line(event))
+        return node
+
+    def get_single_node(self) -> yaml.Node | None:
+        node = super().get_node() if self.check_node() else None
+        if self.check_node():
+            raise YamlError(f"{_line(self.peek_event())}: a second document is not allowed")
+        return node
+
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             return super().construct_object(node, deep)
         except ValueError as error:
-            raise YamlError(f"line {node.start_mark.line + 1}: {node.value!r} is not a value: {error}") from None
-
-
-_RESOLVER = _Loader("")
+            raise YamlError(f"{_line(node)}: {node.value!r} is not a value: {error}") from None
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -51,52 +67,24 @@ def read(path: Path) -> dict[str, Any]:
             content = file.read(MAX_BYTES + 1)
         if len(content) > MAX_BYTES:
             raise YamlError(f"{path.stat().st_size} bytes; a parameter file has at most {MAX_BYTES}")
-        text = content.decode()
-        _check(text)
-        values = yaml.load(text, Loader=_Loader)
+        values = yaml.load(content.decode(), Loader=_Loader)
     except FileNotFoundError:
         raise YamlError("no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise YamlError(f"not readable: {error}") from None
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        if isinstance(error, YamlError):
-            raise
+    except yaml.YAMLError as error:
         raise YamlError(" ".join(str(error).split())) from None
     if values is not None and not isinstance(values, dict):
         raise YamlError("must hold parameter: value lines")
     return values or {}
 
 
-def _check(text: str) -> None:
-    """Refuse what is not plain, from the events of the parser: nothing is built yet."""
-    open_: list[set[str] | None] = []
-    """For each collection that is open: the names of a mapping, or None for a list."""
-    awaits_name: list[bool] = []
-    documents = 0
-    for event in yaml.parse(text, Loader=_Loader):
-        line = f"line {event.start_mark.line + 1}"
-        if isinstance(event, yaml.DocumentStartEvent):
-            documents += 1
-            if documents > 1:
-                raise YamlError(f"{line}: a second document is not allowed")
-        if isinstance(event, yaml.CollectionEndEvent):
-            open_.pop(), awaits_name.pop()
-        if not isinstance(event, yaml.NodeEvent):
-            continue
-        _check_node(event, line)
-        if open_ and open_[-1] is not None:
-            if awaits_name[-1]:
-                _check_name(event, line, open_[-1])
-            awaits_name[-1] = not awaits_name[-1]
-        if isinstance(event, yaml.CollectionStartEvent):
-            if len(open_) == MAX_DEPTH:
-                raise YamlError(f"{line}: values nested more than {MAX_DEPTH} deep are not allowed")
-            is_mapping = isinstance(event, yaml.MappingStartEvent)
-            open_.append(set() if is_mapping else None)
-            awaits_name.append(is_mapping)
+def _line(place: yaml.Event | yaml.Node) -> str:
+    return f"line {place.start_mark.line + 1}"
 
 
-def _check_node(event: yaml.NodeEvent, line: str) -> None:
+def _check_event(event: yaml.Event, depth: int) -> None:
+    line = _line(event)
     if isinstance(event, yaml.AliasEvent):
         raise YamlError(f"{line}: an alias (*{event.anchor}) is not allowed")
     if event.anchor:
@@ -105,14 +93,12 @@ def _check_node(event: yaml.NodeEvent, line: str) -> None:
         raise YamlError(f"{line}: a tag ({event.tag.replace('tag:yaml.org,2002:', '!!')}) is not allowed")
     if isinstance(event, yaml.ScalarEvent) and len(event.value) > MAX_VALUE:
         raise YamlError(f"{line}: a value of {len(event.value)} characters; at most {MAX_VALUE} are allowed")
+    if isinstance(event, yaml.CollectionStartEvent) and depth >= MAX_DEPTH:
+        raise YamlError(f"{line}: values nested more than {MAX_DEPTH} deep are not allowed")
 
 
-def _check_name(event: yaml.NodeEvent, line: str, names: set[str]) -> None:
-    is_text = isinstance(event, yaml.ScalarEvent) and (
-        not event.implicit[0] or _RESOLVER.resolve(yaml.ScalarNode, event.value, (True, False)).endswith(":str")
-    )
-    if not is_text:
+def _check_name(name: yaml.Node, mapping: yaml.MappingNode, line: str) -> None:
+    if name.tag != "tag:yaml.org,2002:str":
         raise YamlError(f"{line}: a name must be plain text")
-    if event.value in names:
-        raise YamlError(f"{event.value}: given twice, the second time on {line}")
-    names.add(event.value)
+    if name.value in {other.value for other, _ in mapping.value}:
+        raise YamlError(f"{name.value}: given twice, the second time on {line}")
