@@ -22,8 +22,9 @@ def check_writable(folder: Path, what: str, option: str, *, keep: bool = True) -
 
     Raises NotWritable: ``what`` is said to lie there, and ``option`` to choose another place.
     """
-    probe, made = folder / f".probe.{os.getpid()}", [path for path in (folder, *folder.parents) if not path.exists()]
+    probe = folder / f".probe.{os.getpid()}"
     try:
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         try:
             probe.write_bytes(b"probe")
