@@ -10,6 +10,7 @@ import heapq
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -342,8 +343,9 @@ class _Run:
         if outcome.status == "done":
             self.estimated_s += node.spec.cost_s
             self.spent_s += outcome.seconds
-        if log.exists() and log.stat().st_size == 0:
-            log.unlink()
+        with suppress(FileNotFoundError):  # another driver that asked for the same node may remove it first
+            if log.stat().st_size == 0:
+                log.unlink()
         self.settle(node, outcome.status)
 
     def fail(self, node: Node, failure: Failure) -> None:

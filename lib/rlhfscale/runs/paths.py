@@ -4,6 +4,7 @@ The command line sets ``RLHFSCALE_STORE``, ``RLHFSCALE_RESULTS`` and ``RLHFSCALE
 that their library calls agree with its options; a reader in JupyterLab has none of them and gets the defaults.
 """
 
+import errno
 import hashlib
 import os
 import re
@@ -11,6 +12,9 @@ from pathlib import Path
 
 GPU_VARIABLE = "RLHFSCALE_GPU"
 """Names the kind of GPU that stages are placed on, see `planning.hardware`; passed on to every worker."""
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+"""What the operating system answers where there is no room."""
 
 
 class NotWritable(Exception):
@@ -33,8 +37,9 @@ def check_writable(folder: Path, what: str, option: str, *, keep: bool = True) -
         for path in () if keep else made:
             path.rmdir()
     except OSError as error:
-        advice = f"the folder is not writable: change its permissions or choose another ({option})"
-        raise NotWritable(f"{what} {folder}: {advice} [{error.strerror}]") from None
+        full = error.errno in FULL
+        advice = "the disk is full: free some space" if full else "the folder is not writable: change its permissions"
+        raise NotWritable(f"{what} {folder}: {advice} or choose another ({option}) [{error.strerror}]") from None
 
 
 def without_secrets(url: str) -> str:

@@ -10,7 +10,6 @@ compares each file with its checksum before the artifact counts. Credentials are
 by themselves, in the environment or in files; a URL that holds any is refused.
 """
 
-import errno
 import json
 import os
 import re
@@ -22,6 +21,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
+from rlhfscale.runs.paths import FULL
 from rlhfscale.runs.spec import key_of
 
 MANIFEST = "manifest.json"
@@ -34,7 +34,6 @@ AT_ONCE = 16
 URL = re.compile(r"([a-z][a-z0-9+.-]*)://[^\s?#*\[\]]+")
 LISTED = re.compile(r"((\w+)-[0-9a-f]{16})\.json", re.ASCII)
 ATTEMPT = re.compile(r"[0-9a-f]{32}")
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 HINTS = {
     "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or the machine's role; AWS_ENDPOINT_URL",
     "gs": "GOOGLE_APPLICATION_CREDENTIALS or the machine's account",

@@ -27,8 +27,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from rlhfscale.runs.paths import NotWritable, check_writable, is_url, store_location, store_root
-from rlhfscale.runs.remote import FULL, MANIFEST, Damaged, Remote, StoreError, at_once
+from rlhfscale.runs.paths import FULL, NotWritable, check_writable, is_url, store_location, store_root
+from rlhfscale.runs.remote import MANIFEST, Damaged, Remote, StoreError, at_once
 from rlhfscale.runs.spec import Spec, key_of
 
 RECORDED_PACKAGES = ("rlhfscale", "torch", "transformers", "peft", "numpy", "safetensors")
