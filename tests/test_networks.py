@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -55,23 +56,83 @@ def test_the_base_of_another_run_is_refused(inject):
         tiny_rl.trainer(base=base)
 
 
+def test_a_model_that_changes_its_logits_in_its_own_way_is_refused():
+    base = language_model(vocab_size=56)
+    base.lm_head.register_forward_hook(lambda head, inputs, logits: logits)  # harmless
+    networks.check_output_head(base)
+    base.register_forward_hook(lambda model, inputs, output: output.__setitem__("logits", 2 * output.logits))
+    with pytest.raises(ValueError, match="model: LlamaForCausalLM changes its logits after the output head"):
+        tiny_rl.trainer(base=base)
+
+
 @pytest.mark.parametrize(
     ("kind", "changes"),
     [
+        ("Phi", {}),
+        ("Gemma", {"head_dim": 8}),
+        ("Llama", {}),
         ("Cohere", {}),  # logits times logit_scale
         ("Granite", {"logits_scaling": 3.0}),
         ("Gemma2", {"head_dim": 8, "final_logit_softcapping": 5.0}),
     ],
 )
-def test_a_model_that_changes_its_logits_is_refused(kind, changes):
-    with pytest.raises(ValueError, match=f"model: {kind}ForCausalLM changes its logits after the output head"):
-        tiny_rl.trainer(base=language_model(kind, **changes))
-
-
-@pytest.mark.parametrize(("kind", "changes"), [("Phi", {}), ("Gemma", {"head_dim": 8}), ("Llama", {})])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_model_that_does_not_is_accepted(kind, changes, dtype):
     networks.check_output_head(language_model(kind, **changes).to(dtype))
+
+
+# --- giving the base back ---
+
+
+@pytest.mark.parametrize("kind", ["Llama", "GPT2"])
+@pytest.mark.parametrize("changes", [{}, {"critic": "separate"}, {"gradient_checkpointing": True}])
+def test_a_released_model_is_as_it_was_and_can_be_trained_again(kind, changes):
+    base = language_model(kind, vocab_size=56)
+    names, before = [name for name, _ in base.named_modules()], tiny.weights(base)
+    ids, _ = ragged()
+    logits = base(input_ids=ids).logits
+    first = tiny_rl.trainer(base=base, **changes)
+    metrics = tiny_rl.updates(first, 1)
+    assert first.release() is base
+    assert [name for name, _ in base.named_modules()] == names and tiny.equal(tiny.weights(base), before)
+    assert torch.equal(base(input_ids=ids).logits, logits) and not hasattr(base, "peft_config")
+    assert not any("forward" in vars(module) and "partial" in repr(module.forward) for module in base.modules())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = tiny_rl.trainer(base=base, **changes)
+    assert tiny_rl.updates(again, 1) == metrics
+
+
+def test_a_model_that_is_trained_whole_comes_back_trained():
+    base = tiny.model()
+    before = tiny.weights(base)
+    run = tiny_rl.trainer(base=base, adapter="none", gradient_checkpointing=True)
+    tiny_rl.updates(run, 1)
+    assert run.release() is base and not tiny.equal(tiny.weights(base), before)
+    tiny_rl.updates(tiny_rl.trainer(base=base), 1)
+
+
+def test_a_model_that_a_trainer_has_is_refused_with_the_way_out():
+    base = tiny.model()
+    run = tiny_rl.trainer(base=base)
+    with pytest.raises(ValueError, match=r"already carries an adapter; pass trainer\.release\(\)"):
+        tiny_rl.trainer(base=base)
+    tiny_rl.trainer(base=run.release())
+
+
+def refuse(reward, networks):
+    raise ValueError("no reward of this base")
+
+
+@pytest.mark.parametrize("changes", [{"lora_targets": ("q_proj", "lm_head")}, {"lora_targets": ("q_project",)}, {}])
+def test_a_trainer_that_cannot_be_made_leaves_the_model_as_it_was(changes, monkeypatch):
+    base = language_model(vocab_size=56)
+    before = tiny.weights(base)
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="lora_targets|q_project|no reward"):
+        patch.setattr("rlhfscale.rl.loop.attach", refuse)
+        tiny_rl.trainer(base=base, **changes)
+    assert tiny.equal(tiny.weights(base), before)
+    tiny_rl.updates(tiny_rl.trainer(base=base), 1)
 
 
 # --- what is shared ---
@@ -166,7 +227,7 @@ def test_the_fingerprint_is_of_the_base():
 def test_an_adapted_output_head_is_refused():
     """It is read outside of the roles, so the reference would have it too."""
     with pytest.raises(ValueError, match="lora_targets: the output head is shared with the reference"):
-        tiny_rl.trainer(base=language_model(), lora_targets=("q_proj", "lm_head"))
+        tiny_rl.trainer(base=language_model(vocab_size=56), lora_targets=("q_proj", "lm_head"))
 
 
 # --- saving ---

@@ -234,12 +234,51 @@ def test_the_predecessor_of_a_checkpoint_is_enough(unbroken, tmp_path):
     """As a process killed between two renames leaves it."""
     whole, _, _ = unbroken("ppo")
     train(new(), tmp_path, updates=4)
-    (tmp_path / CHECKPOINT).rename(tmp_path / (CHECKPOINT + ".old"))
+    shutil.rmtree(tmp_path / CHECKPOINT)
     (tmp_path / (CHECKPOINT + ".tmp")).mkdir()  # half written
     run = new()
     train(run, tmp_path)
     assert_same(run, whole)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [CHECKPOINT, METRICS]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [CHECKPOINT, CHECKPOINT + ".old", METRICS]
+
+
+def largest_file(folder):
+    return max(folder.rglob("*.safetensors"), key=lambda path: path.stat().st_size)
+
+
+def cut_in_half(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip_a_bit(path):
+    """Of the last digit there is, or of the last byte of a file of numbers."""
+    content = bytearray(path.read_bytes())
+    digits = [place for place, byte in enumerate(content) if chr(byte).isdigit()]
+    content[digits[-1] if path.suffix == ".json" else -1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [cut_in_half, flip_a_bit, Path.unlink])
+@pytest.mark.parametrize("of", [largest_file, lambda folder: folder / learner.STATE], ids=["weights", "state"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(damage, of, unbroken, tmp_path):
+    whole, folder, _ = unbroken("ppo")
+    train(new(), tmp_path, updates=4)
+    victim = of(tmp_path / CHECKPOINT)
+    damage(victim)
+    run = new()
+    with pytest.warns(UserWarning, match=f"damaged checkpoint: {victim}.*; going on from .*{CHECKPOINT}.old"):
+        train(run, tmp_path)
+    assert_same(run, whole)
+    assert (tmp_path / METRICS).read_bytes() == (folder / METRICS).read_bytes()
+
+
+def test_two_damaged_checkpoints_are_both_named(tmp_path):
+    train(new(), tmp_path, updates=4)
+    victims = [largest_file(tmp_path / name) for name in (CHECKPOINT, CHECKPOINT + ".old")]
+    for victim in victims:
+        cut_in_half(victim)
+    with pytest.raises(learner.CheckpointError, match=f"{victims[0]} has changed.*; {victims[1]} has changed"):
+        train(new(), tmp_path)
 
 
 SCRIPT = """
@@ -277,11 +316,11 @@ def test_a_run_killed_by_the_system_ends_as_if_it_had_never_been(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [
-        ("grpo", {}, "its algorithm is 'ppo', this run's is 'grpo'"),
-        ("ppo", {"seed": 3}, "its seed is 0, this run's is 3"),
-        ("ppo", {"policy_lr": 0.5}, r"its config is .*policy_lr.*0\.01.*this run's is .*policy_lr.*0\.5"),
-        ("ppo", {"lora_rank": 2}, "its config is .*lora_rank"),
-        ("ppo", {"base": lambda: tiny.model(seed=5)}, "its model is '[0-9a-f]{16}', this run's is '[0-9a-f]{16}'"),
+        ("grpo", {}, "algorithm: ppo there, grpo here"),
+        ("ppo", {"seed": 3}, "seed: 0 there, 3 here;"),
+        ("ppo", {"policy_lr": 0.5}, r"another run: policy_lr: 0\.01 there, 0\.5 here; resume"),
+        ("ppo", {"lora_rank": 2}, "another run: lora_rank: 4 there, 2 here"),
+        ("ppo", {"base": lambda: tiny.model(seed=5)}, "another run: model: [0-9a-f]{16} there, [0-9a-f]{16} here"),
     ],
 )
 def test_the_checkpoint_of_another_run_is_refused(kind, changes, message, unbroken):

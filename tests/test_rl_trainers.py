@@ -4,9 +4,9 @@ import re
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from pydantic import ValidationError
 
 import tiny
 import tiny_rl
@@ -15,6 +15,7 @@ from rlhfscale.bed.demonstrations import token_ids
 from rlhfscale.bed.ladder import CONTEXT, EOS_ID
 from rlhfscale.models import lm, loading
 from rlhfscale.rl import GRPO, PPO, RLOO, GRPOConfig, PPOConfig, RLOOConfig, losses, metrics, rollout
+from rlhfscale.rl.config import ConfigError
 from rlhfscale.rl.networks import REFERENCE
 from rlhfscale.samplers import Completions, hf
 from tiny_rl import gather, trainer, updates
@@ -613,7 +614,7 @@ def test_padding_may_be_the_end_of_sequence_or_missing():
 
 @pytest.mark.parametrize("config", [GRPOConfig, RLOOConfig])
 def test_a_group_of_one_is_refused(config):
-    with pytest.raises(ValidationError, match="responses_per_prompt: 1 gives a response nothing to be compared with"):
+    with pytest.raises(ConfigError, match="responses_per_prompt: 1 gives a response nothing to be compared with"):
         config(responses_per_prompt=1)
 
 
@@ -632,8 +633,101 @@ def test_a_group_of_one_is_refused(config):
     ],
 )
 def test_bad_configs_name_the_field(options, message):
-    with pytest.raises(ValidationError, match=message):
+    with pytest.raises(ConfigError, match=message):
         PPOConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"policy_lr": -1.0}, "policy_lr: -1.0 does not fit; input should be greater than 0"),
+        ({"critic": "both"}, "critic: 'both' does not fit; input should be 'trunk' or 'separate'"),
+        ({"policy_rl": 1e-3}, "policy_rl: PPOConfig has no such field; did you mean policy_lr?"),
+        ({"epochs": 0, "clip": 0}, "epochs: 0 does not fit; input should be greater than or equal to 1; clip: 0 does"),
+        ({"learning": 1e-3}, "learning: PPOConfig has no such field"),
+    ],
+)
+def test_a_bad_config_is_told_in_one_line(options, message):
+    with pytest.raises(ConfigError) as error:
+        PPOConfig(**options)
+    text = str(error.value)
+    assert text.startswith(message) and "\n" not in text and "http" not in text
+
+
+# --- prompts and rewards of other kinds ---
+
+
+@pytest.mark.parametrize(
+    "of",
+    [
+        iter,
+        tuple,
+        lambda prompts: (prompt for prompt in prompts),
+        lambda prompts: pd.Series(prompts, index=range(100, 100 + len(prompts))),
+        lambda prompts: [np.array(prompt) for prompt in prompts],
+    ],
+)
+def test_any_collection_of_prompts_is_trained_on(of):
+    run, whole = trainer(), trainer()
+    found = run.train(of(tiny.prompts(20)), 2, progress=False)
+    pd.testing.assert_frame_equal(found, whole.train(tiny.prompts(20), 2, progress=False))
+    assert updates(run, 1) == updates(whole, 1)
+    run.update(of(tiny.prompts(16)))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ("a text", "prompts: one text; give a list of texts"),
+        (["a b c", "a\ud800b"], "prompt 1 is no text: surrogates not allowed at character 1"),
+        ([[{"role": "user", "content": "a\udfff"}]], "prompt 0 is no text: surrogates not allowed"),
+        ([[4, 5], [4, 56]], "prompt 1 holds ids beyond the model's embedding of 56 tokens"),
+        ([[4, -1]], "prompt 0 holds ids beyond"),
+        ([[4, 5], []], "prompt 1 is empty"),
+        ([[4] * 600], "prompt 0 has 600 tokens; with max_new_tokens=12 it exceeds the model's context"),
+        ([], "prompts: none given"),
+    ],
+)
+def test_prompts_that_cannot_be_used_are_named_before_anything_is_computed(prompts, message):
+    run = trainer(sampler=lambda *args, **options: pytest.fail("sampled"))
+    with pytest.raises(ValueError, match=message):
+        run.train(prompts, 2, progress=False)
+
+
+def test_a_model_with_fewer_embeddings_than_the_tokenizer_has_ids_is_refused():
+    with pytest.raises(ValueError, match="tokenizer: its ids go up to 55, the model has embeddings for 40 tokens"):
+        trainer(base=tiny_rl.language_model())
+
+
+def test_a_special_token_without_an_embedding_is_no_reason_to_refuse():
+    """As Gemma 3's for images; a prompt that holds it is refused."""
+    tokenizer = rungs.build_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    run = trainer(tokenizer=tokenizer)
+    run.update(tiny_rl.prompts(run))
+    with pytest.raises(ValueError, match="prompt 0 holds ids beyond"):
+        run.train(["<image> a b"], 1, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (
+            lambda count: (1.0 for _ in range(count)),
+            "a reward returned a generator; it must return one number for each",
+        ),
+        (lambda count: dict.fromkeys(range(count), 1.0), "a reward returned a dict; it must return one number"),
+        (lambda count: [[1.0], [1.0, 2.0]] * (count // 2), "a reward returned a list; it must return one number"),
+        (lambda count: ["good"] * count, "a reward returned a list; it must return one number"),
+        (lambda count: 1.0, r"scores of shape \[\] for 32 samples; expected \[32\]"),
+        (lambda count: [1.0] * (count - 1), r"scores of shape \[31\] for 32 samples"),
+        (lambda count: [1.0] * (count - 1) + [None], "gave sample 31 the score nan"),
+    ],
+)
+def test_what_a_reward_must_return_is_said(returned, message):
+    run = trainer(reward=lambda prompts, responses: returned(len(responses)))
+    with pytest.raises(ValueError, match=message):
+        run.update(tiny_rl.prompts(run))
 
 
 @pytest.mark.parametrize("reward", [None, 3, [1.0], tiny_rl.ByIds])

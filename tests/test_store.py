@@ -174,7 +174,7 @@ def test_verifying_twice_reads_once(tmp_path, monkeypatch):
     store, spec = Store(tmp_path), Number(value=1)
     fill(store, spec)
     assert store.verify(spec.key)
-    monkeypatch.setattr("rlhfscale.runs.store._sha256", lambda path: pytest.fail(f"read {path} again"))
+    monkeypatch.setattr("rlhfscale.runs.store.sha256", lambda path: pytest.fail(f"read {path} again"))
     assert store.verify(spec.key)
 
 

@@ -134,6 +134,31 @@ def trunk(model: PreTrainedModel) -> torch.nn.Module:
     return getattr(model, model.base_model_prefix)
 
 
+def output_head(model: PreTrainedModel) -> torch.nn.Module:
+    """What maps last hidden states to logits: the output embeddings, and what the model's config says is done to their
+    product."""
+    head, config = model.get_output_embeddings(), model.config
+    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    cap = getattr(config, "final_logit_softcapping", None)
+    return head if scale == 1 and cap is None else ScaledHead(head, scale, cap)
+
+
+class ScaledHead(torch.nn.Module):
+    """An output head whose logits are scaled (Cohere, Granite) or capped to ``cap tanh(logit / cap)`` (Gemma 2)."""
+
+    def __init__(self, head: torch.nn.Module, scale: float, cap: float | None):
+        super().__init__()
+        self.head, self.scale, self.cap = head, scale, cap
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.head.weight
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits = self.head(hidden) * self.scale
+        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
+
+
 def fingerprint(model: torch.nn.Module) -> str:
     """16 hexadecimal digits over the names, shapes and a sample of values of a model's weights, adapters left out."""
     digest = hashlib.sha256()
@@ -146,15 +171,26 @@ def fingerprint(model: torch.nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
-    """The pad and the end-of-sequence id. Padding is never told by its id here, so both may be equal.
+def num_embeddings(model: PreTrainedModel) -> int:
+    """Number of token ids that a model knows."""
+    return model.get_input_embeddings().num_embeddings
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """Check that a model can be trained with a tokenizer. It needs no padding token: padding is told by lengths here.
 
     Raises:
-        ValueError: the tokenizer has no end-of-sequence token, so no response could end.
+        ValueError: it has no end-of-sequence token, so no response could end; or it has ids that the model has no
+            embedding for. Special tokens may lie beyond (Gemma 3 has one for images, which no text becomes).
     """
     if tokenizer.eos_token_id is None:
         raise ValueError(
             "tokenizer: it has no end-of-sequence token, so no response could end; set tokenizer.eos_token"
         )
-    pad = tokenizer.pad_token_id
-    return (tokenizer.eos_token_id if pad is None else pad), tokenizer.eos_token_id
+    special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special} - {tokenizer.eos_token_id}
+    highest, rows = max(set(tokenizer.get_vocab().values()) - special), num_embeddings(model)
+    if highest >= rows:
+        raise ValueError(
+            f"tokenizer: its ids go up to {highest}, the model has embeddings for {rows} tokens; take the model's own"
+            " tokenizer, or model.resize_token_embeddings(...)"
+        )

@@ -66,13 +66,23 @@ def as_reward(reward: Reward | TextFunction) -> Reward:
 def checked(scores: Sequence[float] | np.ndarray, count: int) -> np.ndarray:
     """Check scores and return them as float32 [count].
 
+    Args:
+        scores: what a reward returned: one number for each sample, in a list, an array or a tensor.
+
     Raises:
-        ValueError: the shape is another one, or a score is NaN or infinite (names the first such sample).
+        ValueError: it is something else; the shape is another one; or a score is NaN or infinite (names the first such
+            sample).
     """
     if hasattr(scores, "detach"):
         scores = scores.detach().float().cpu()
-    with np.errstate(over="ignore"):
-        scores = np.asarray(scores, np.float32)
+    try:
+        with np.errstate(over="ignore"):
+            scores = np.asarray(scores, np.float32)
+    except (TypeError, ValueError, RuntimeError) as error:  # a generator, a dict, lists of unequal length
+        raise ValueError(
+            f"a reward returned a {type(scores).__name__}; it must return one number for each of the {count} samples,"
+            " in a list, an array or a tensor"
+        ) from error
     if scores.shape != (count,):
         raise ValueError(f"a reward gave scores of shape {list(scores.shape)} for {count} samples; expected [{count}]")
     if not np.isfinite(scores).all():

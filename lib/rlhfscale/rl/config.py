@@ -1,14 +1,20 @@
 """Hyper-parameters that PPO, GRPO and RLOO share; they are checked once, when a config is made."""
 
-from typing import Literal
+import difflib
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from rlhfscale.models.loading import POLICY
 
 
+class ConfigError(ValueError):
+    """A hyper-parameter that does not exist or does not fit; one line for each names it, what was given, and what is
+    allowed."""
+
+
 class Config(BaseModel):
-    """Hyper-parameters of every algorithm. Unknown names and values out of range raise pydantic's ValidationError.
+    """Hyper-parameters of every algorithm. Unknown names and values out of range raise ConfigError.
 
     Attributes:
         prompts_per_update: number of prompts in an update.
@@ -65,6 +71,23 @@ class Config(BaseModel):
     lora_targets: str | tuple[str, ...] = "all-linear"
     gradient_checkpointing: bool = False
     compute_dtype: Literal["model", "bf16"] = "model"
+
+    def __init__(self, **values: Any):
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError("; ".join(map(self._explained, error.errors()))) from None
+
+    @classmethod
+    def _explained(cls, problem: dict[str, Any]) -> str:
+        """One of pydantic's errors in one line."""
+        name = ".".join(map(str, problem["loc"]))
+        if problem["type"] == "extra_forbidden":
+            close = difflib.get_close_matches(name, cls.model_fields, n=1)
+            return f"{name}: {cls.__name__} has no such field" + (f"; did you mean {close[0]}?" if close else "")
+        if problem["type"] == "value_error":
+            return str(problem["ctx"]["error"])
+        return f"{name}: {problem['input']!r} does not fit; {problem['msg'][0].lower()}{problem['msg'][1:]}"
 
     @property
     def rollouts_per_step(self) -> int:

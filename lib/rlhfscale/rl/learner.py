@@ -1,7 +1,9 @@
 """The optimiser of a trainer, with clipped gradients and a check that numbers are finite; and its checkpoints."""
 
+import hashlib
 import json
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from rlhfscale.models import parallel
-from rlhfscale.models.files import replace_file
+from rlhfscale.models.files import replace_file, sha256
 from rlhfscale.models.lm import Diverged
 
 STATE = "state.json"
@@ -76,8 +78,11 @@ class Learner:
             torch.autograd.graph.increment_version(parameters)
 
     def save(self, folder: Path, state: dict) -> None:
-        """Write networks, optimiser and ``state``; a process killed meanwhile leaves the old or the new checkpoint."""
-        temporary = folder.with_name(folder.name + ".tmp")
+        """Write networks, optimiser and ``state``; the checkpoint before stays beside it.
+
+        A process killed at any moment leaves a whole checkpoint, which `latest` finds.
+        """
+        temporary, old = beside(folder)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         self.networks.save(temporary)
@@ -87,29 +92,27 @@ class Learner:
             for name, tensor in entry.items()
         }
         save_file(moments, temporary / "optimizer.safetensors")
-        state = state | {"model": self.networks.fingerprint}
-        (temporary / STATE).write_text(json.dumps(state, indent=1, allow_nan=False) + "\n")
-        old = folder.with_name(folder.name + ".old")
-        if folder.exists():  # if not, a kill has left the old one alone
+        state = state | {"model": self.networks.fingerprint, "files": digests(temporary)}
+        (temporary / STATE).write_text(sealed(state))
+        if folder.exists():
             shutil.rmtree(old, ignore_errors=True)
             folder.rename(old)
         temporary.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
 
     def load(self, folder: Path, expected: dict) -> dict:
         """Read back a checkpoint that `save` wrote, and return its state.
 
         Raises:
-            CheckpointError: there is no checkpoint, it is another model's, or its state differs from ``expected``.
+            CheckpointError: there is no whole checkpoint, it is another model's, or its state differs from
+                ``expected``; the message says what differs.
         """
         folder = latest(folder)
         state = json.loads((folder / STATE).read_text())
-        for name, value in (expected | {"model": self.networks.fingerprint}).items():
-            if state.get(name) != value:
-                raise CheckpointError(
-                    f"{folder}: its {name} is {state.get(name)!r}, this run's is {value!r}; resume with what it was"
-                    " made with, or choose another folder"
-                )
+        if differing := differences(state, expected | {"model": self.networks.fingerprint}):
+            raise CheckpointError(
+                f"{folder}: it belongs to another run: {'; '.join(differing)}; resume with what it was made with, or"
+                " choose another folder"
+            )
         self.networks.load(folder)
         moments: dict[int, dict[str, torch.Tensor]] = {}
         for name, tensor in load_file(folder / "optimizer.safetensors").items():
@@ -120,9 +123,20 @@ class Learner:
         return state
 
 
+def differences(there: dict, here: dict, within: str = "") -> list[str]:
+    """``name: value there, value here`` of each value of ``here`` that is another one there; dicts entry by entry."""
+    found = []
+    for name, value in here.items():
+        if isinstance(value, dict) and isinstance(there.get(name), dict):
+            found += differences(there[name], value, f"{within}{name}." if name != "config" else "")
+        elif there.get(name) != value:
+            found.append(f"{within}{name}: {there.get(name)} there, {value} here")
+    return found
+
+
 def exists(folder: Path) -> bool:
-    """Whether a checkpoint can be read from a folder."""
-    return any((candidate / STATE).is_file() for candidate in _candidates(folder))
+    """Whether there is a checkpoint, whole or damaged."""
+    return any((candidate / STATE).is_file() for candidate in (folder, *beside(folder)))
 
 
 def spread(folder: Path) -> bool:
@@ -130,16 +144,16 @@ def spread(folder: Path) -> bool:
 
     Processes of other machines may have another file system: the copy is written into their folder of that name.
     """
-    found = {}
+    found, source = {}, None
     if parallel.rank() == 0 and exists(folder):
         source = latest(folder)
-        files = (str(path.relative_to(source)) for path in source.rglob("*") if path.is_file() and path.name != STATE)
-        found = {"state": (source / STATE).read_text(), "files": sorted(files)}
+        state = (source / STATE).read_text()
+        found = {"state": state, "files": sorted(json.loads(state)["files"])}
     found = json.loads(parallel.of_first(json.dumps(found).encode()))
     if parallel.size() > 1 and found:
         mine = exists(folder) and (latest(folder) / STATE).read_text() == found["state"]
         for name in found["files"]:
-            content = parallel.of_first((latest(folder) / name).read_bytes() if parallel.rank() == 0 else b"")
+            content = parallel.of_first((source / name).read_bytes() if source else b"")
             if not mine:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 replace_file(folder / name, content)
@@ -150,12 +164,54 @@ def spread(folder: Path) -> bool:
 
 
 def latest(folder: Path) -> Path:
-    """The folder of the newest whole checkpoint: the one before, where a process was killed between two renames."""
-    for candidate in _candidates(folder):
-        if (candidate / STATE).is_file():
+    """The folder of the newest whole checkpoint. A damaged one is named in a warning.
+
+    A process killed between two renames has left the newest under its temporary name, or only the one before.
+    """
+    problems, (temporary, old) = [], beside(folder)
+    for candidate in (folder, temporary, old):
+        problem = damage(candidate)
+        if problem is None:
+            if problems:
+                warnings.warn(f"damaged checkpoint: {'; '.join(problems)}; going on from {candidate}", stacklevel=2)
             return candidate
-    raise CheckpointError(f"{folder}: no checkpoint there")
+        if candidate.exists() and candidate != temporary:  # one that was not finished is no damage
+            problems.append(problem)
+    raise CheckpointError("; ".join(problems) or f"{folder}: no checkpoint there")
 
 
-def _candidates(folder: Path) -> tuple[Path, Path]:
-    return folder, folder.with_name(folder.name + ".old")
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint in a folder, naming the file; None where every file is as it was written."""
+    try:
+        content, found = (folder / STATE).read_text(), digests(folder)
+        state = json.loads(content)
+        if content != sealed(state):
+            return f"{folder / STATE} has changed since it was written"
+        for name, digest in state["files"].items():
+            if name not in found:
+                return f"{folder / name} is missing"
+            if found[name] != digest:
+                return f"{folder / name} has changed since it was written"
+    except OSError as error:
+        return f"{error.filename}: {error.strerror}"
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return f"{folder / STATE} does not describe a checkpoint"
+    return None
+
+
+def sealed(state: dict) -> str:
+    """A state as it is written: JSON with a hash of all else in it."""
+    content = {name: value for name, value in state.items() if name != "seal"}
+    seal = hashlib.sha256(json.dumps(content, allow_nan=False).encode()).hexdigest()
+    return json.dumps(content | {"seal": seal}, indent=1) + "\n"
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """The SHA-256 of every file of a checkpoint but its state, by its name within the folder."""
+    paths = (path for path in folder.rglob("*") if path.is_file() and path.name != STATE)
+    return {str(path.relative_to(folder)): sha256(path) for path in sorted(paths)}
+
+
+def beside(folder: Path) -> tuple[Path, Path]:
+    """Where a checkpoint is written before it is whole, and where the one before it is kept."""
+    return folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")

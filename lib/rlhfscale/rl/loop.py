@@ -1,7 +1,8 @@
 """What PPO, GRPO and RLOO do alike: one update around their own advantages and losses, the outer loop, resuming."""
 
+import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,9 @@ from rlhfscale.rl.networks import REFERENCE
 from rlhfscale.rl.rollout import Evaluation, Prompt, Rollouts
 from rlhfscale.samplers import Completions, hf, repeated, request_seeds, together
 
-Prompts = Sequence[Prompt] | Callable[[int], Sequence[Prompt]]
-"""Prompts of a run: a list, of which every update takes the next in random order; or a function from an update's index
-to its prompts."""
+Prompts = Iterable[Prompt] | Callable[[int], Iterable[Prompt]]
+"""Prompts of a run: a collection, of which every update takes the next in random order; or a function from an update's
+index to its prompts."""
 
 CHECKPOINT, METRICS = "checkpoint", "metrics.csv"
 
@@ -70,9 +71,10 @@ class Trainer:
         sampler: Callable[..., Completions] = hf.sample,
     ):
         self.config = config = config or self.config_type()
-        loading.token_ids(tokenizer)
+        loading.check_tokenizer(tokenizer, model)
         self.tokenizer, self.reward, self.sampler = tokenizer, as_reward(reward), sampler
         self.seed, self.num_updates = seed, 0
+        self.prompts_hash: str | None = None  # of the prompts of `train`; a function's are not known beforehand
         targets = config.lora_targets if isinstance(config.lora_targets, str) else list(config.lora_targets)
         self.networks = networks.build(
             model,
@@ -85,7 +87,11 @@ class Trainer:
             compute_dtype=torch.bfloat16 if config.compute_dtype == "bf16" else None,
             seed=seed,
         )
-        attach(self.reward, self.networks)
+        try:
+            attach(self.reward, self.networks)
+        except Exception:
+            self.release()
+            raise
         self.learner = learner.Learner(
             self.networks,
             config.learning_rates,
@@ -95,7 +101,12 @@ class Trainer:
         )
         self.kl_coefficient = config.kl_coefficient
 
-    def update(self, prompts: Sequence[Prompt]) -> tuple[dict[str, float], Completions]:
+    def release(self) -> PreTrainedModel:
+        """Give the model back without the adapters, so that another trainer can have it; a model that was trained whole
+        comes back as it is now. Save first what is to be kept: this trainer cannot be used any more."""
+        return self.networks.release()
+
+    def update(self, prompts: Iterable[Prompt]) -> tuple[dict[str, float], Completions]:
         """Sample, score, estimate advantages, and take a few epochs of optimiser steps.
 
         Args:
@@ -133,7 +144,7 @@ class Trainer:
         return metrics, completions
 
     @torch.no_grad()
-    def collect(self, prompts: Sequence[Prompt]) -> tuple[Rollouts, Completions]:
+    def collect(self, prompts: Iterable[Prompt]) -> tuple[Rollouts, Completions]:
         """Sample and score responses; those to one prompt stand in a row.
 
         A sampler that keeps a copy of the policy elsewhere first receives the current policy, by its ``push``.
@@ -145,11 +156,11 @@ class Trainer:
             ValueError: the number of prompts is wrong; a prompt is empty or too long for the context; a response is
                 empty; or the scores are not one finite number for each response (names the index).
         """
-        config = self.config
+        config, prompts = self.config, list(prompts)
         if len(prompts) != config.prompts_per_update:
             raise ValueError(f"prompts: {len(prompts)} given, prompts_per_update is {config.prompts_per_update}")
         encoded = rollout.encode(self.tokenizer, prompts)
-        check_lengths(encoded, self.networks.base.config, config.max_new_tokens)
+        self.check_prompts(encoded)
         asked = repeated(encoded, config.responses_per_prompt, config.temperature)
         seeds = request_seeds((self.seed, 1, self.num_updates), len(asked))
         options = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature}
@@ -162,6 +173,22 @@ class Trainer:
         scores = torch.from_numpy(checked(self.reward.score(sequences), len(sequences))).to(device)
         rollouts = rollout.from_sequences(sequences, completions, device)
         return replace(rollouts, scores=scores - config.missing_eos_penalty * (~rollouts.finished)), completions
+
+    def check_prompts(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Raise ValueError for a prompt that is empty, does not fit into the context with its response, or holds an id
+        that the model has no embedding for (names the prompt)."""
+        base, new = self.networks.base, self.config.max_new_tokens
+        context, rows = getattr(base.config, "max_position_embeddings", None), loading.num_embeddings(base)
+        for index, prompt in enumerate(prompts):
+            if not prompt:
+                raise ValueError(f"prompt {index} is empty; give at least the begin-of-sequence token")
+            if context is not None and len(prompt) + new > context:
+                raise ValueError(
+                    f"prompt {index} has {len(prompt)} tokens; with max_new_tokens={new} it exceeds the model's context"
+                    f" of {context}"
+                )
+            if not 0 <= min(prompt) <= max(prompt) < rows:
+                raise ValueError(f"prompt {index} holds ids beyond the model's embedding of {rows} tokens")
 
     def check_sampler(self, rollouts: Rollouts) -> None:
         """Raise SamplerGap where the sampler drew from another policy than the trainer evaluated (see `Config`)."""
@@ -238,9 +265,10 @@ class Trainer:
         """Train until ``num_updates`` updates are done in all.
 
         Args:
-            prompts: a list, drawn from without replacement; or a function from an update's index to its prompts.
+            prompts: all prompts, drawn from without replacement; or a function from an update's index to its prompts.
             folder: where metrics.csv and, every ``checkpoint_every`` updates and at the end, a checkpoint are written.
-                A run found there is continued, to the same numbers as if it had never stopped.
+                A run found there is continued, to the same numbers as if it had never stopped. The checkpoint before is
+                kept too, and used where the newest is damaged.
             tensorboard: also write TensorBoard events there.
             progress: show a progress bar.
             on_update: called after each update with its index, metrics and responses; what it returns is logged too.
@@ -249,7 +277,8 @@ class Trainer:
             one row of metrics for each update (see `rl.metrics`).
 
         Raises:
-            learner.CheckpointError: the folder holds a run of another model, config or seed.
+            ValueError: prompts that `collect` would refuse.
+            learner.CheckpointError: the folder holds a run of another model, config or seed, or of other prompts.
         """
         folder = Path(folder) if folder is not None else None
         source = prompts if callable(prompts) else self._shuffled(prompts)
@@ -293,7 +322,8 @@ class Trainer:
 
     def _identity(self) -> dict:
         config = self.config.model_dump(mode="json")
-        return {"algorithm": self.algorithm, "seed": self.seed, "config": config}
+        found = {"algorithm": self.algorithm, "seed": self.seed, "config": config}
+        return found | ({"prompts": self.prompts_hash} if self.prompts_hash else {})
 
     def _resume(self, folder: Path) -> list[dict[str, float]]:
         folder.mkdir(parents=True, exist_ok=True)
@@ -304,16 +334,21 @@ class Trainer:
         records = metrics[metrics["update"] < self.num_updates].to_dict("records")
         return json.loads(parallel.of_first(json.dumps(records).encode()))
 
-    def _shuffled(self, prompts: Sequence[Prompt]) -> Callable[[int], list[Prompt]]:
+    def _shuffled(self, given: Iterable[Prompt]) -> Callable[[int], list[list[int]]]:
         """A function from an update's index to its prompts: one random permutation of all prompts after another.
 
-        The order depends on the seed and the update alone. Raises ValueError for no prompt.
+        The order depends on the seed and the update alone. Raises ValueError for no prompt, or one that cannot be used.
         """
+        if isinstance(given, str):
+            raise ValueError("prompts: one text; give a list of texts")
+        prompts = rollout.encode(self.tokenizer, given)
         if len(prompts) == 0:
             raise ValueError("prompts: none given")
+        self.check_prompts(prompts)
+        self.prompts_hash = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16]
         seed, count = self.seed, self.config.prompts_per_update
 
-        def draw(update: int) -> list[Prompt]:
+        def draw(update: int) -> list[list[int]]:
             positions = np.arange(update * count, (update + 1) * count)
             orders = {
                 epoch: np.random.default_rng((seed, 2, epoch)).permutation(len(prompts))
@@ -322,19 +357,6 @@ class Trainer:
             return [prompts[orders[p // len(prompts)][p % len(prompts)]] for p in positions.tolist()]
 
         return draw
-
-
-def check_lengths(prompts: Sequence[Sequence[int]], config, max_new_tokens: int) -> None:
-    """Raise ValueError for a prompt that is empty or does not fit into the context with its response."""
-    context = getattr(config, "max_position_embeddings", None)
-    for index, prompt in enumerate(prompts):
-        if not prompt:
-            raise ValueError(f"prompt {index} is empty; give at least the begin-of-sequence token")
-        if context is not None and len(prompt) + max_new_tokens > context:
-            raise ValueError(
-                f"prompt {index} has {len(prompt)} tokens; with max_new_tokens={max_new_tokens} it exceeds the model's"
-                f" context of {context}"
-            )
 
 
 def _tensorboard(folder: Path | None):

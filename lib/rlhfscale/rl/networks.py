@@ -6,6 +6,7 @@ four models cost the memory of one. `FullWeights` trains all weights and keeps a
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -77,7 +78,10 @@ def build(
     if adapter not in ("lora", "none"):
         raise ValueError(f"adapter: {adapter!r} is not one of lora, none")
     if any(isinstance(module, BaseTunerLayer) for module in base.modules()):  # a PeftModel, or the base of one
-        raise ValueError("model: it already carries an adapter; pass its base, or model.merge_and_unload()")
+        raise ValueError(
+            "model: it already carries an adapter; pass trainer.release(), the base, if a trainer put it there, else"
+            " model.unload() or model.merge_and_unload()"
+        )
     loading.close_nf4_trap(base)
     if base.device.type == "cpu":
         allocator.keep_freed_memory()
@@ -108,12 +112,12 @@ def build(
 def check_output_head(model: PreTrainedModel) -> None:
     """Raise ValueError unless the logits are the output head's product with the trunk's last hidden state.
 
-    Log-probabilities are computed from the two, so that logits of all positions never exist. Models that scale or cap
-    their logits afterwards would be trained on others than they sample from.
+    Log-probabilities are computed from the two, so that logits of all positions never exist. A model that changes its
+    logits in a way that `loading.output_head` does not know would be trained on others than it samples from.
     """
     ids = torch.tensor([[0, 1, 2]], device=model.device)
     logits = model(input_ids=ids, use_cache=False).logits
-    ours = model.get_output_embeddings()(loading.trunk(model)(input_ids=ids, use_cache=False).last_hidden_state)
+    ours = loading.output_head(model)(loading.trunk(model)(input_ids=ids, use_cache=False).last_hidden_state)
     if not torch.allclose(logits.float(), ours.float(), rtol=1e-2, atol=1e-2):
         raise ValueError(
             f"model: {type(model).__name__} changes its logits after the output head, which is unsupported"
@@ -129,9 +133,19 @@ def checkpoint_blocks(model: PreTrainedModel, switch: lora.Switch | None = None)
     Args:
         switch: of the fused layers. In the backward pass the forward pass's adapter is no longer set: it is set again.
     """
+    uncheckpoint_blocks(model)  # a trainer before this one may have wrapped them
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.forward = partial(_checkpointed, module.forward, switch)
+
+
+def uncheckpoint_blocks(model: nn.Module) -> None:
+    """Undo `checkpoint_blocks`."""
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            forward = vars(module).get("forward")
+            if isinstance(forward, partial) and forward.func is _checkpointed:
+                module.forward = forward.args[0]
 
 
 def _checkpointed(forward: Callable, switch: lora.Switch | None, *inputs, **options):
@@ -151,12 +165,13 @@ class Decodable:
     """What a sampler needs of the policy where that is not a transformers model of its own.
 
     Attributes:
-        config: the model's.
+        config, generation_config: the model's.
         device: where it is.
         decoder: makes a decoder (see `samplers.hf`) for a number of positions.
     """
 
     config: Any
+    generation_config: Any
     device: torch.device
     decoder: Callable[[int], Any]
 
@@ -185,12 +200,14 @@ class SharedBase(nn.Module):
         self.fingerprint = loading.fingerprint(base)
         config = loading.lora_config(rank, alpha, targets)
         base.requires_grad_(False)
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "fan_in_fan_out|The following (rank|alpha)_pattern")  # PEFT mends it
             torch.manual_seed(seed)
             self.model = get_peft_model(base, config, adapter_name=POLICY)
             if critic == "separate":
                 self.model.add_adapter(CRITIC, config)
         if isinstance(base.get_output_embeddings(), BaseTunerLayer):
+            self.release()
             raise ValueError("lora_targets: the output head is shared with the reference and cannot be adapted")
         self.trained = list(self.model.peft_config)
         self._require_gradients()
@@ -206,7 +223,7 @@ class SharedBase(nn.Module):
 
     def output_head(self, role: str) -> nn.Module:
         """The head that maps hidden states to logits."""
-        return self.base.get_output_embeddings()
+        return loading.output_head(self.base)
 
     def hidden(self, ids: torch.Tensor, role: str) -> torch.Tensor:
         """Last hidden states [sequence, length, width] of ids padded on the right, int64 [sequence, length].
@@ -275,7 +292,8 @@ class SharedBase(nn.Module):
     def decoder(self) -> Iterator[PreTrainedModel | Decodable]:
         """Within this context: what a sampler decodes the policy with."""
         if self._fused:
-            yield Decodable(self.base.config, self.base.device, partial(self._fused.decoder, POLICY))
+            make = partial(self._fused.decoder, POLICY)
+            yield Decodable(self.base.config, self.base.generation_config, self.base.device, make)
         else:
             with lora.adapter(self.switch, POLICY):
                 yield self.base
@@ -287,6 +305,12 @@ class SharedBase(nn.Module):
         if sharding.is_sharded(self.base):
             raise ValueError("the base is sharded: save the adapter, and merge it into a base that is not")
         return copy.deepcopy(self.model).merge_and_unload(adapter_names=[POLICY]).eval()
+
+    def release(self) -> PreTrainedModel:
+        """Take all adapters off the base and return it; these networks cannot be used any more."""
+        base = self.model.unload()
+        uncheckpoint_blocks(base)
+        return base
 
     @contextlib.contextmanager
     def as_peft(self, role: str) -> Iterator[PeftModel]:
@@ -329,7 +353,7 @@ class FullWeights(nn.Module):
         self.value_head = None if critic == "none" else ValueHead(base.config.hidden_size).to(base.device)
 
     def output_head(self, role: str) -> nn.Module:
-        return (self.reference if role == REFERENCE else self.base).get_output_embeddings()
+        return loading.output_head(self.reference if role == REFERENCE else self.base)
 
     def hidden(self, ids: torch.Tensor, role: str) -> torch.Tensor:
         trunks = {POLICY: loading.trunk(self.base), CRITIC: self.critic_trunk, REFERENCE: loading.trunk(self.reference)}
@@ -357,6 +381,11 @@ class FullWeights(nn.Module):
         yield self.base
 
     def merged_policy(self) -> PreTrainedModel:
+        return self.base
+
+    def release(self) -> PreTrainedModel:
+        """The trained model itself, its weights as they are now."""
+        uncheckpoint_blocks(self.base)
         return self.base
 
     def save(self, folder: Path) -> None:

@@ -1,6 +1,7 @@
 """Roll-outs: sampled responses with all that a trainer learns from, and their evaluation under the networks."""
 
-from collections.abc import Callable, Iterator, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -176,17 +177,28 @@ def evaluate_before_training(
     return evaluate_all(read, rollouts, max_tokens, (first, now)), now
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[list[int]]:
-    """Token ids of each prompt: a text is tokenised, a conversation goes through the chat template, ids stay."""
+def encode(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[Prompt]) -> list[list[int]]:
+    """Token ids of each prompt: a text is tokenised, a conversation goes through the chat template, ids stay.
 
-    def ids(prompt: Prompt) -> Sequence[int]:
-        if isinstance(prompt, str):
-            return tokenizer(prompt)["input_ids"]
-        if len(prompt) and isinstance(prompt[0], dict):
-            return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
-        return prompt
+    Raises ValueError for a prompt with half of a surrogate pair, which no tokenizer takes (names the prompt).
+    """
+    encoded = []
+    for index, prompt in enumerate(prompts):
+        try:
+            encoded.append([int(token) for token in _ids(tokenizer, prompt)])
+        except UnicodeEncodeError as error:
+            raise ValueError(f"prompt {index} is no text: {error.reason} at character {error.start}") from None
+    return encoded
 
-    return [[int(token) for token in ids(prompt)] for prompt in prompts]
+
+def _ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> Sequence[int]:
+    if isinstance(prompt, str):
+        prompt.encode()  # tokenizers' own error does not say what is wrong
+        return tokenizer(prompt)["input_ids"]
+    if len(prompt) and isinstance(prompt[0], dict):
+        json.dumps(prompt, ensure_ascii=False).encode()
+        return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+    return prompt
 
 
 def joined(prompts: Sequence[Sequence[int]], completions: Completions, tokenizer: PreTrainedTokenizerBase) -> Sequences:

@@ -27,6 +27,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from rlhfscale.models.files import sha256
 from rlhfscale.runs.paths import FULL, NotWritable, check_writable, is_url, store_location, store_root
 from rlhfscale.runs.remote import MANIFEST, Damaged, Remote, StoreError, at_once
 from rlhfscale.runs.spec import Spec, key_of
@@ -187,7 +188,7 @@ class Store:
                 "packages": _package_versions(),
                 "created": datetime.now(UTC).isoformat(timespec="seconds"),
                 "files": {
-                    str(path.relative_to(temporary)): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+                    str(path.relative_to(temporary)): {"bytes": path.stat().st_size, "sha256": sha256(path)}
                     for path in sorted(temporary.rglob("*"))
                     if path.is_file()
                 },
@@ -276,7 +277,7 @@ class Store:
             for name, recorded in manifest["files"].items():
                 if files[name].st_size != recorded["bytes"]:
                     return f"{name} has {files[name].st_size} bytes instead of {recorded['bytes']}"
-                if _sha256(folder / name) != recorded["sha256"]:
+                if sha256(folder / name) != recorded["sha256"]:
                     return f"{name} has changed"
         except (FileNotFoundError, NotADirectoryError) as error:
             return f"{Path(error.filename).name} is missing"
@@ -329,11 +330,6 @@ def _sealed(manifest: dict[str, Any]) -> bytes:
 
 def _plain(manifest: dict[str, Any]) -> bytes:
     return (json.dumps(manifest, indent=1, allow_nan=False) + "\n").encode()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _to_disk(path: Path) -> None:

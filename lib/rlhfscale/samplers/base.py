@@ -120,9 +120,13 @@ def repeated(prompts: Sequence[Sequence[int]], num_samples: int, temperature: fl
     return [prompt for prompt in prompts for _ in range(num_samples)]
 
 
-def end_tokens(eos: int | list[int] | None) -> tuple[int, ...]:
-    """The end-of-sequence ids that a config or a tokenizer names: none, one or several."""
-    return () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
+def end_tokens(*named: int | Sequence[int] | None) -> tuple[int, ...]:
+    """All ids that end a response, from what a tokenizer, a config and a generation config name as ``eos_token_id``:
+    each none, one or several. A chat model often names several, of which its tokenizer knows one."""
+    found = set()
+    for eos in named:
+        found.update([] if eos is None else eos if isinstance(eos, Sequence) else [eos])
+    return tuple(sorted(found))
 
 
 def check(lengths: np.ndarray, seeds: np.ndarray, max_new_tokens: int, temperature: float, context: int | None) -> None:

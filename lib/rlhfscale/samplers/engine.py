@@ -68,12 +68,12 @@ class Engine:
     def about(self) -> dict[str, Any]:
         """Facts about the model that `samplers.vllm` checks requests against."""
         config = self.llm.llm_engine.vllm_config.model_config
-        eos = getattr(config.hf_config, "eos_token_id", None)
         return {
             "context": config.max_model_len,
             "vocabulary": config.get_vocab_size(),
             "width": config.get_hidden_size(),
-            "eos": eos,
+            "eos": getattr(config.hf_config, "eos_token_id", None),
+            "generation_eos": (config.try_get_generation_config() or {}).get("eos_token_id"),
         }
 
     def load(self, folder: str | None) -> dict[str, Any]:

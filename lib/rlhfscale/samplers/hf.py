@@ -39,7 +39,8 @@ def sample(
         max_new_tokens: responses are cut there.
         temperature: 0 is greedy.
         batch_size: requests decoded together, of similar prompt length.
-        tokenizer: names the end-of-sequence token; without one the model's config does.
+        tokenizer: names the end-of-sequence token; without one the model's config does. The ids that the model's
+            generation config names end a response too.
         ignore_eos: sample all ``max_new_tokens``, for benchmarks.
 
     Raises:
@@ -47,10 +48,11 @@ def sample(
     """
     lengths = np.fromiter(map(len, prompts), np.int64, len(prompts))
     check(lengths, seeds, max_new_tokens, temperature, getattr(model.config, "max_position_embeddings", None))
-    eos = tokenizer.eos_token_id if tokenizer else model.config.eos_token_id
+    named = model.config.eos_token_id if tokenizer is None else tokenizer.eos_token_id
+    also_named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     pad = model.config.pad_token_id if model.config.pad_token_id is not None else 0
     out = Completions.empty(seeds, max_new_tokens, temperature, pad)
-    make, stop = _decoders(model), () if ignore_eos else end_tokens(eos)
+    make, stop = _decoders(model), () if ignore_eos else end_tokens(named, also_named)
     order = np.argsort(lengths, kind="stable")
     together = isinstance(model, nn.Module) and sharding.is_sharded(model)
     for rows in _batches(order, batch_size, together, model.device):

@@ -119,6 +119,7 @@ class VLLM:
         self._environment = environment(threads, kv_cache_gib)
         self.max_lora_rank = max_lora_rank
         self._adapter: Path | None = None
+        self._policy_eos: int | list[int] | None = None  # of the generation config of the model that is trained
         self._pushes = 0
         self._scratch = Path(tempfile.mkdtemp(prefix="rlhfscale-vllm-"))
         weakref.finalize(self, shutil.rmtree, self._scratch, ignore_errors=True)
@@ -154,7 +155,8 @@ class VLLM:
         highest = max(map(max, prompts))
         if highest >= self._about["vocabulary"]:
             raise ValueError(f"prompts: token id {highest} is beyond the vocabulary of {self._about['vocabulary']}")
-        stop = () if ignore_eos else end_tokens(tokenizer.eos_token_id if tokenizer else self._about["eos"])
+        named = self._about["eos"] if tokenizer is None else tokenizer.eos_token_id
+        stop = () if ignore_eos else end_tokens(named, self._about["generation_eos"], self._policy_eos)
         # equal prompts in a row: the later ones find the first one's keys and values
         order = sorted(range(len(prompts)), key=lambda row: tuple(prompts[row]))
         answer = self._ask(
@@ -181,6 +183,7 @@ class VLLM:
         """
         if not hasattr(networks, "save_adapter"):
             raise ValueError("sampler: vLLM takes the policy as an adapter; use adapter: lora, or the sampler hf")
+        self._policy_eos = networks.base.generation_config.eos_token_id
         self._pushes += 1
         folder = self._scratch / f"push-{self._pushes}"
         networks.save_adapter(POLICY, folder)
