@@ -87,6 +87,14 @@ def test_votes_of_weight_zero_tie_only_among_answers_given():
     assert found == pytest.approx([0.5])
 
 
+@pytest.mark.parametrize("sizes", [[1.5], [1, 2.0], ["2"], [None]])
+def test_a_size_that_is_no_whole_number_is_refused(sizes):
+    with pytest.raises(ValueError, match="N must be whole numbers"):
+        best_of_n(GOLD, GOLD, sizes)
+    with pytest.raises(ValueError, match="N must be whole numbers"):
+        pass_at_n(CORRECT, sizes)
+
+
 @pytest.mark.parametrize("sizes", [[0, 1], [1, 8], [-1]])
 def test_sizes_out_of_range_are_named(sizes):
     bad = str([n for n in sizes if not 1 <= n <= 7])

@@ -1,6 +1,7 @@
 """The project's own files: pins in step with each other and with what is installed, and what the Makefile would do."""
 
 import importlib.metadata
+import json
 import os
 import re
 import subprocess
@@ -143,3 +144,28 @@ def test_the_command_is_installed_and_imports():
         check=True,
     )
     assert all(command in done.stdout for command in ("run", "plan", "status", "claims"))
+
+
+LINK = re.compile(r"\]\(([^)\s]+)\)|(?:href|src)=\"([^\"]+)\"")
+
+
+def pages():
+    """Every text of the project that a reader opens: its relative links lead from its folder."""
+    texts = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("results/**/*.md")]
+    return sorted([*texts, *ROOT.glob("notebooks/*.ipynb"), *ROOT.glob("results/*/*/notebook.ipynb")])
+
+
+def links(page: Path) -> list[str]:
+    text = page.read_text()
+    if page.suffix == ".ipynb":
+        cells = json.loads(text)["cells"]
+        text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    return [one or other for one, other in LINK.findall(text)]
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
+def test_relative_links_lead_somewhere(page):
+    for link in links(page):
+        place, _, _ = link.partition("#")
+        if place and not re.match(r"[a-z]+:", place):
+            assert (page.parent / place).exists(), f"{page.relative_to(ROOT)} links to {link}"

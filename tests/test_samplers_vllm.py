@@ -32,11 +32,15 @@ pytestmark = [
 ]
 
 MAX_RANK, CONTEXT = 8, 128
+ENDS = (EOS_ID, 40)
+"""What ends a response, by the model's generation config; the tokenizer knows the first."""
 
 
 def language_model(dtype=torch.float32):
     shape = {"hidden_size": 128, "intermediate_size": 96, "num_key_value_heads": 2, "max_position_embeddings": CONTEXT}
-    return tiny_rl.language_model(vocab_size=ladder.vocab_size(), scale=3.0, **shape).to(dtype)
+    model = tiny_rl.language_model(vocab_size=ladder.vocab_size(), scale=3.0, **shape).to(dtype)
+    model.generation_config.eos_token_id = list(ENDS)
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -122,12 +126,26 @@ def test_completions_are_in_order_and_well_formed(engine):
     assert gaps(language_model(), prompts, found).mean() < 1e-5  # each belongs to its prompt
     assert len({completion.token_ids for completion in found}) > len(prompts) / 2
     for completion in found:
-        assert (completion.finish_reason == "stop") == (completion.token_ids[-1] == EOS_ID)
-        assert EOS_ID not in completion.token_ids[:-1]
+        assert (completion.finish_reason == "stop") == (completion.token_ids[-1] in ENDS)
+        assert not set(ENDS) & set(completion.token_ids[:-1])
+    assert {completion.token_ids[-1] for completion in found} >= set(ENDS)
     again = engine(None, prompts, seeds=seeds, max_new_tokens=20, tokenizer=tokenizer)
     assert np.mean(again.ids == found.ids) > 0.95  # equal but for rounding, see the module
     full = engine(None, prompts, seeds=seeds, max_new_tokens=20, tokenizer=tokenizer, ignore_eos=True)
     assert (full.lengths == 20).all() and not full.finished.any()
+
+
+def test_ends_that_were_set_on_the_model_that_is_trained_end_its_responses(engine):
+    net = networks.build(language_model(), critic="none", rank=4)
+    net.base.generation_config.eos_token_id = list(range(20, 50))
+    prompts = repeated(tiny.prompts(6), 4, 1.0)
+    options = {"seeds": request_seeds((3,), len(prompts)), "max_new_tokens": 20, "tokenizer": rungs.build_tokenizer()}
+    engine.push(net)
+    for completion in engine(None, prompts, **options):
+        ended = [token in (*ENDS, *range(20, 50)) for token in completion.token_ids]
+        assert not any(ended[:-1]) and ended[-1] == (completion.finish_reason == "stop")
+    engine.load_adapter(None)
+    assert any(set(c.token_ids[:-1]) & set(range(41, 50)) for c in engine(None, prompts, **options))
 
 
 def test_adapters_are_swapped_in_place(engine):

@@ -159,6 +159,22 @@ def test_three_points_make_no_law(name):
     assert fits.fit_slope([1, 2, 4], [3, 2, 1]).parameters["slope"] == pytest.approx(-1)
 
 
+@pytest.mark.parametrize(
+    ("x", "y", "message"),
+    [
+        ([0, 1, 2, 3], [4, 3, 2, 1], "x must be positive, got 0 at index 0"),
+        ([1, 2, -3, 4], [4, 3, 2, 1], "x must be positive, got -3 at index 2"),
+        ([1, 2, 3, 4], [4, 3, 0, 1], "y must be positive, got 0 at index 2"),
+        ([1, 2, 3, np.nan], [4, 3, 2, 1], "x must be finite, got nan at index 3"),
+        ([1, 2, 3, 4], [np.inf, 3, 2, 1], "y must be finite, got inf at index 0"),
+    ],
+)
+def test_points_that_a_power_law_cannot_have_are_named(x, y, message, capfd):
+    with pytest.raises(ValueError, match=message):
+        fits.fit_power_law(x, y)
+    assert capfd.readouterr().err == ""
+
+
 def test_an_outlier_hardly_moves_a_power_law():
     x = np.geomspace(1, 1000, 9)
     y = 2 * x**-0.5

@@ -34,10 +34,11 @@ REWARD = (
 LABELS = ("bed/labels", "bed/rungs")
 TRAINERS = (
     "models/files",
+    "models/recomputation",
     *in_room("rl", "config ppo grpo rloo loop learner rollout logprobs kl advantages losses metrics networks"),
 )
 EVALS = in_room("evals", "benchmarks mt_judged evaluate judge endpoint local_judges mt_bench revisions sources")
-ANSWERS = ("chat/answers", "chat/reasoning", "models/smollm2", "rl/networks", "models/checkpoints")
+ANSWERS = ("chat/answers", "chat/reasoning", "rl/networks", *in_room("models", "smollm2 recomputation checkpoints"))
 LANGUAGE = {
     "chat": (*MODELS, "models/smollm2", "models/checkpoints"),
     "answers": (*REWARD, *ANSWERS),

@@ -18,7 +18,7 @@ from rlhfscale.chat import answers as answer_data
 from rlhfscale.chat import reasoning
 from rlhfscale.chat import specs as chat_specs
 from rlhfscale.chat.finetune import finetune
-from rlhfscale.models import checkpoints, loading, parallel, smollm2
+from rlhfscale.models import checkpoints, loading, parallel, recomputation, smollm2
 from rlhfscale.rewards import Mixed, Normalised, OutcomeRewardModel, SharedReward, outcome, scorer
 from rlhfscale.rewards.metrics import pair_accuracy
 from rlhfscale.rl import TRAINERS, networks
@@ -104,7 +104,7 @@ def answer_reward(spec: chat_specs.AnswerReward, inputs: Inputs, folder: Path) -
     model.name_or_path = model.config.name_or_path = spec.base.key
     nn.init.zeros_(model.score.weight)
     if _is_large(spec.base):
-        networks.checkpoint_blocks(model)
+        recomputation.of_blocks(model)
     data, held_out = ([_reworded(part, inputs, tokenizer) for part in parts] for parts in (spec.data, spec.held_out))
     if spec.num_prompts:
         data = [part.head(spec.num_prompts) for part in data]

@@ -165,7 +165,9 @@ def _share_below(num_samples: int, sizes: Sequence[int]) -> np.ndarray:
 
 
 def _checked_sizes(sizes: Sequence[int], num_samples: int) -> list[int]:
-    sizes = [int(size) for size in sizes]
+    sizes = list(sizes)
+    if not all(isinstance(size, int | np.integer) for size in sizes):
+        raise ValueError(f"sizes {sizes}: N must be whole numbers")
     bad = [size for size in sizes if not 1 <= size <= num_samples]
     if bad:
         raise ValueError(f"sizes {bad} out of range: N must be from 1 to the {num_samples} samples of a prompt")

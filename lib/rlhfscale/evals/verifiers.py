@@ -13,6 +13,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,8 @@ from rlhfscale.evals.best_of_n import pass_at_n
 MAX_ANSWER_CHARS = 2000
 """A longer final answer is wrong without being looked at."""
 _FINAL = re.compile(r"^(?:####|A:)\s{0,100}(-?[0-9.,]+)", re.MULTILINE)
+_BOX = re.compile(r"\\f?box(?:ed)?(?:\s*\{|\s+[^\s{])")
+_UNIT = re.compile(r"\s*\\(?:text|mathrm|mbox)\{\s*([a-zA-Z./ ]{2,40}?)\s*\}(\^\{?[23]\}?)?\s*$")
 _NUMBER = re.compile(r"-?(?:\d{1,50}(?:\.\d{0,50})?|\.\d{1,50})")
 
 
@@ -46,30 +49,34 @@ def gsm8k_correct(solution: str, gold: str) -> bool:
     return gsm8k_answer(solution) == wanted
 
 
-def number(text: str) -> float | None:
+def number(text: str) -> Fraction | None:
     """A plain number, also with thousands' commas, a dollar or percent sign; None for anything else."""
     plain = text.strip().replace(",", "").strip("$% ")
-    return float(plain) if len(plain) <= 100 and _NUMBER.fullmatch(plain) else None
+    return Fraction(plain) if len(plain) <= 100 and _NUMBER.fullmatch(plain) else None
 
 
-def number_correct(answer: str, gold: str, *, tolerance: float = 1e-3, percent: bool = True) -> bool:
-    """Whether two numbers agree within a tolerance; with ``percent`` (as ToRA) also as gold / 100 or gold * 100."""
+def number_correct(answer: str, gold: str, *, tolerance: float = 1e-4, percent: bool = True) -> bool:
+    """Whether two numbers agree within a tolerance relative to the gold one, in exact arithmetic; with ``percent`` (as
+    ToRA) also as gold / 100 or gold * 100."""
     ours, wanted = number(answer), number(gold)
     if ours is None or wanted is None:
         return answer.strip() == gold.strip()
     wishes = (wanted, wanted / 100, wanted * 100) if percent else (wanted,)
-    return any(abs(ours - wish) <= tolerance for wish in wishes)
+    return any(abs(ours - wish) <= Fraction(tolerance) * abs(wish) for wish in wishes)
 
 
 # MATH.
 
 
 def last_boxed(solution: str) -> str | None:
-    """The content of the last ``\\boxed{...}`` (or ``\\fbox``), its braces matched; None if none is complete."""
-    start = max(solution.rfind("\\boxed{"), solution.rfind("\\fbox{"))
-    if start < 0:
+    """The content of the last ``\\boxed{...}`` (or ``\\fbox``), its braces matched; None if none is complete. Without
+    braces, what follows up to a dollar sign or the end of the line."""
+    found = list(_BOX.finditer(solution))
+    if not found:
         return None
-    start = solution.index("{", start)
+    start = found[-1].end() - 1
+    if solution[start] != "{":  # \boxed 5
+        return re.split(r"[$\n]", solution[start:], maxsplit=1)[0].strip().rstrip(".") or None
     depth = 0
     for place in range(start, len(solution)):
         depth += {"{": 1, "}": -1}.get(solution[place], 0)
@@ -92,7 +99,7 @@ def normal_form(answer: str) -> str:
     left, equals, right = text.partition("=")
     if equals and "=" not in right and len(left.strip()) <= 2:
         text = right  # x = 5
-    text = re.sub(r"\\sqrt(\w)", r"\\sqrt{\1}", text).replace(" ", "")
+    text = re.sub(r"(?<!\d) | (?!\d)", "", re.sub(r"\\sqrt\s?(\w)", r"\\sqrt{\1}", text))  # 2 1/2 is not 21/2
     text = re.sub(r"\\frac(\w)(\w)", r"\\frac{\1}{\2}", text)
     text = re.sub(r"\\frac(\w)\{", r"\\frac{\1}{", text)
     text = re.sub(r"(\\frac\{[^{}]{1,200}\})(\w)", r"\1{\2}", text)
@@ -100,17 +107,32 @@ def normal_form(answer: str) -> str:
     return "\\frac{1}{2}" if text == "0.5" else text.rstrip(".")
 
 
+def unit(answer: str) -> str:
+    """The unit that ends an answer, such as ``\\text{ cm}^2``, in lower case and the singular; "" without one."""
+    found = _UNIT.search(answer)
+    if not found or not re.search(r"\d|\}", answer[: found.start()]):
+        return ""
+    singular = re.sub(r"(?<=ch)es$|s$", "", found[1].lower().replace(".", ""))
+    return singular + (found[2] or "").strip("^{}")
+
+
+def without_unit(answer: str) -> str:
+    """An answer without the unit that ends it."""
+    return _UNIT.sub("", answer) if unit(answer) else answer
+
+
 @dataclass(frozen=True)
 class Grade:
     """Whether an answer is right, and for a wrong one why: ``differs``, ``no answer``, ``too long``, ``timeout``,
-    ``error``."""
+    ``error``, or ``undecided``: math-verify says equal, and `algebra` cannot confirm it."""
 
     correct: bool
     reason: str = ""
 
 
 class MathGrader:
-    """Grades MATH answers: equal in `normal_form`, or equal to math-verify.
+    """Grades MATH answers: equal in `normal_form`, or equal to math-verify and by `algebra`; two rational numbers by
+    `algebra` alone, exactly. Units are left out unless both answers have one and they are different.
 
     Args:
         timeout_s: for one answer; then its process is killed, the answer is wrong and counted as a timeout.
@@ -136,19 +158,22 @@ class MathGrader:
             return Grade(False, "no answer")
         if len(answer) > MAX_ANSWER_CHARS:
             return Grade(False, "too long")
+        units = {unit(answer), unit(wanted)} - {""}
+        if len(units) > 1:
+            return Grade(False, "differs")
         if normal_form(answer) == normal_form(wanted):
             return Grade(True)
         return self.equal(answer, wanted)
 
     def equal(self, answer: str, gold: str) -> Grade:
-        """math-verify's verdict on two answers, in LaTeX without dollar signs.
+        """Whether two answers, in LaTeX without dollar signs, are equal; see `algebra.judge`.
 
         Raises:
             ModuleNotFoundError: math-verify is not installed.
         """
         process = self._process or self._start()
         try:
-            process.stdin.write(json.dumps([gold, answer]).encode() + b"\n")
+            process.stdin.write(json.dumps([without_unit(answer), without_unit(gold)]).encode() + b"\n")
             process.stdin.flush()
             reply = self._line(process)
         except BrokenPipeError:
@@ -178,7 +203,7 @@ class MathGrader:
         return process.stdout.readline() if ready else None
 
     def _start(self) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "rlhfscale.evals.verifiers", str(self.memory_mib)]
+        command = [sys.executable, "-m", "rlhfscale.evals.algebra", str(self.memory_mib)]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         self._process = subprocess.Popen(
             command,
@@ -192,25 +217,6 @@ class MathGrader:
             self.close()
             raise ModuleNotFoundError("graders need math-verify; install it with: make setup EXTRAS=judge")
         return self._process
-
-
-def _serve(memory_mib: int) -> None:
-    """The grader's process: a JSON line [gold, answer] in, a JSON verdict out."""
-    import resource
-
-    from math_verify import parse, verify
-
-    resource.setrlimit(resource.RLIMIT_AS, (memory_mib << 20, memory_mib << 20))
-    print("ready", flush=True)
-    for line in sys.stdin:
-        gold, answer = json.loads(line)
-        try:
-            # the parent keeps the time: it can also stop what no signal interrupts
-            parsed = [parse(f"${text}$", parsing_timeout=None) for text in (gold, answer)]
-            verdict = "equal" if verify(*parsed, timeout_seconds=None) else "differs"
-        except (Exception, RecursionError):
-            verdict = "error"
-        print(json.dumps(verdict), flush=True)
 
 
 # Many samples.
@@ -238,7 +244,3 @@ def accuracies(correct: Any, voted: Any, sizes: Sequence[int]) -> dict[str, floa
     found = pass_at_n(correct, sizes).mean(0)
     rates = {f"pass@{k}": float(value) for k, value in zip(sizes, found, strict=True)}
     return {"accuracy": float(correct.mean()), **rates, f"majority@{correct.shape[1]}": float(np.mean(voted))}
-
-
-if __name__ == "__main__":
-    _serve(int(sys.argv[1]))

@@ -19,11 +19,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from rlhfscale.models import allocator, llama, loading, lora, sharding
+from rlhfscale.models import allocator, llama, loading, lora, recomputation, sharding
 from rlhfscale.models.loading import CRITIC, POLICY
 
 REFERENCE = "reference"
@@ -90,19 +88,11 @@ def build(
     if adapter == "none" and sharding.is_sharded(base):
         raise ValueError("adapter: none trains all weights, of which a sharded base holds a part; use adapter: lora")
     check_output_head(base.eval())
-    networks = (
-        SharedBase(
-            base.eval(),
-            critic=critic,
-            rank=rank,
-            alpha=alpha,
-            targets=targets,
-            seed=seed,
-            compute_dtype=compute_dtype,
-        )
-        if adapter == "lora"
-        else FullWeights(base.eval(), critic=critic)
-    )
+    if adapter == "none":
+        networks = FullWeights(base, critic=critic)
+    else:
+        adapters = {"rank": rank, "alpha": alpha, "targets": targets, "seed": seed}
+        networks = SharedBase(base, critic=critic, compute_dtype=compute_dtype, **adapters)
     if gradient_checkpointing:
         networks.checkpoint_blocks()
     return networks
@@ -122,42 +112,6 @@ def check_output_head(model: PreTrainedModel) -> None:
         raise ValueError(
             f"model: {type(model).__name__} changes its logits after the output head, which is unsupported"
         )
-
-
-def checkpoint_blocks(model: PreTrainedModel, switch: lora.Switch | None = None) -> None:
-    """Let each decoder block keep only its input for the backward pass, and compute the rest again there.
-
-    transformers' own way works in training mode alone, which turns dropout on and drops the key-value cache that
-    sampling needs. Here blocks are wrapped, and nothing changes where no gradient is asked for.
-
-    Args:
-        switch: of the fused layers. In the backward pass the forward pass's adapter is no longer set: it is set again.
-    """
-    uncheckpoint_blocks(model)  # a trainer before this one may have wrapped them
-    for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            module.forward = partial(_checkpointed, module.forward, switch)
-
-
-def uncheckpoint_blocks(model: nn.Module) -> None:
-    """Undo `checkpoint_blocks`."""
-    for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            forward = vars(module).get("forward")
-            if isinstance(forward, partial) and forward.func is _checkpointed:
-                module.forward = forward.args[0]
-
-
-def _checkpointed(forward: Callable, switch: lora.Switch | None, *inputs, **options):
-    if not torch.is_grad_enabled():
-        return forward(*inputs, **options)
-    context = partial(lora.adapter, switch, switch.adapter) if switch and switch.fused else contextlib.nullcontext
-
-    def under_its_adapter(*inputs, **options):
-        with context():
-            return forward(*inputs, **options)
-
-    return checkpoint(under_its_adapter, *inputs, use_reentrant=False, **options)
 
 
 @dataclass(frozen=True)
@@ -256,7 +210,7 @@ class SharedBase(nn.Module):
         if self._fused:
             self._fused.checkpointing = True
         else:
-            checkpoint_blocks(self.base, self.switch)
+            recomputation.of_blocks(self.base, self.switch)
 
     def _require_gradients(self) -> None:
         """Of policy and critic at once: which of them gets one is decided by what was computed."""
@@ -309,7 +263,7 @@ class SharedBase(nn.Module):
     def release(self) -> PreTrainedModel:
         """Take all adapters off the base and return it; these networks cannot be used any more."""
         base = self.model.unload()
-        uncheckpoint_blocks(base)
+        recomputation.undo(base)
         return base
 
     @contextlib.contextmanager
@@ -365,7 +319,7 @@ class FullWeights(nn.Module):
     def checkpoint_blocks(self) -> None:
         for model in (self.base, self.critic_trunk):
             if model is not None:
-                checkpoint_blocks(model)
+                recomputation.of_blocks(model)
 
     @property
     def critic_role(self) -> str:
@@ -385,7 +339,7 @@ class FullWeights(nn.Module):
 
     def release(self) -> PreTrainedModel:
         """The trained model itself, its weights as they are now."""
-        uncheckpoint_blocks(self.base)
+        recomputation.undo(self.base)
         return self.base
 
     def save(self, folder: Path) -> None:

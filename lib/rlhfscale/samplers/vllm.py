@@ -183,12 +183,12 @@ class VLLM:
         """
         if not hasattr(networks, "save_adapter"):
             raise ValueError("sampler: vLLM takes the policy as an adapter; use adapter: lora, or the sampler hf")
-        self._policy_eos = networks.base.generation_config.eos_token_id
         self._pushes += 1
         folder = self._scratch / f"push-{self._pushes}"
         networks.save_adapter(POLICY, folder)
         before = self._adapter
         self.load_adapter(folder / POLICY)
+        self._policy_eos = networks.base.generation_config.eos_token_id
         if before is not None and self._scratch in before.parents:
             shutil.rmtree(before.parent)
 
@@ -203,7 +203,7 @@ class VLLM:
             folder = Path(folder).resolve()
             self._check_adapter(folder)
         self._ask(do="load", folder=str(folder) if folder else None)
-        self._adapter = folder
+        self._adapter, self._policy_eos = folder, None
 
     def close(self) -> None:
         """End the engine; the sampler cannot be used any more."""

@@ -100,7 +100,7 @@ def fit_power_law(x, y, start: Fit | None = None) -> Fit:
         ValueError: fewer than four distinct x, or values that are not positive.
     """
     x, y = _law_points(x, y)
-    y = _positive("y", y)
+    x, y = _positive("x", x), _positive("y", y)
     scale = np.exp(np.log(x).mean())
     log_x, log_y = np.log(x / scale), np.log(y)
 
@@ -247,6 +247,10 @@ def _law_points(x, y) -> tuple[np.ndarray, np.ndarray]:
     x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
     if x.shape != y.shape or x.ndim != 1:
         raise ValueError(f"x and y must be 1-d of one length, got {x.shape} and {y.shape}")
+    for name, values in (("x", x), ("y", y)):
+        if not np.isfinite(values).all():
+            index = int(np.flatnonzero(~np.isfinite(values))[0])
+            raise ValueError(f"{name} must be finite, got {values[index]} at index {index}")
     if len(np.unique(x)) < MIN_POINTS:
         raise ValueError(f"a law needs at least {MIN_POINTS} distinct x, got {len(np.unique(x))}; use fit_slope")
     return x, y
