@@ -88,7 +88,7 @@ def token_table(responses: Sequence[str], **quantities: Rows | torch.Tensor) -> 
         rows[f"y{index + 1}", "token"] = tokens
         for name, values in quantities.items():
             rows[f"y{index + 1}", name] = [f"{float(value) + 0.0:.5g}" for value in values[index][: len(tokens)]]
-    table = pd.DataFrame.from_dict(rows, orient="index").fillna("")
+    table = pd.DataFrame([pd.Series(row, dtype=object) for row in rows.values()]).fillna("")
     table.columns += 1
     return table.set_index(pd.MultiIndex.from_tuples(rows, names=["response", ""]))
 
