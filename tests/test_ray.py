@@ -1,5 +1,6 @@
 """The same grids on a Ray cluster of two nodes: same artifacts, lost nodes, clear errors."""
 
+import _thread
 import itertools
 import os
 import subprocess
@@ -139,9 +140,11 @@ def test_a_stage_that_loses_one_of_its_machines_is_made_on_others(cluster, tmp_p
     cluster.wait_for_nodes()
 
     def kill_one_when_both_run() -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while len(lines(trace)) < 2:
-            assert time.monotonic() < deadline
+            if time.monotonic() > deadline:
+                _thread.interrupt_main()  # or the stage would hang for ever
+                return
             time.sleep(0.1)
         time.sleep(1.0)  # until the first process waits for the second one
         (process,) = (int(pid) for rank, pid in map(str.split, lines(trace)) if rank == lost)
