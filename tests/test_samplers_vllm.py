@@ -111,7 +111,7 @@ def test_layers_split_over_two_processes_give_the_same_policy(folder, monkeypatc
         assert gaps(model, prompts, sample(sampler, prompts)).max() < 2e-5
         run = tiny_rl.trainer(base=model, lora_rank=MAX_RANK, sampler=sampler, policy_lr=1e-2, max_sampler_gap=1e-4)
         records = tiny_rl.updates(run, 2)
-        assert records[1]["kl_nats"] > 1e-4, "the second one is sampled under an adapter that does something"
+        assert abs(records[1]["kl_nats"]) > 1e-4, "the second one is sampled under an adapter that does something"
         assert max(record["sampler_gap_nats"] for record in records) < 1e-4
     with pytest.raises(ValueError, match="pipeline_parallel: vLLM does not split layers over processes of a CPU"):
         VLLM(folder, pipeline_parallel=2, **options)

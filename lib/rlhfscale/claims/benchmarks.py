@@ -254,8 +254,10 @@ def draw(summary: pd.DataFrame, mt_bench: pd.DataFrame | None = None) -> Figure:
         handles.append(Line2D([], [], color=style.CATEGORIES[3], marker="D", linestyle="none", label="MT-Bench pairs"))
     left.axvline(50, color="0.4", linewidth=0.8)
     right.axvline(0, color="0.4", linewidth=0.8)
-    rows = {"yticks": list(place.values()), "ylim": (min(place.values()) - 0.5, len(raw) + 0.5)}
-    left.set(title="win rate", xlabel="percent", xlim=(0, 100), yticklabels=list(place), **rows)
-    right.set(title="length", xlabel="characters more than the other side", yticklabels=[], **rows)
+    for axis, labels in ((left, list(place)), (right, [""] * len(place))):
+        axis.set_yticks(list(place.values()), labels)
+        axis.set_ylim(min(place.values()) - 0.5, len(raw) + 0.5)
+    left.set(title="win rate", xlabel="percent", xlim=(0, 100))
+    right.set(title="length", xlabel="characters more than the other side")
     legend(handles, ncols=4)
     return figure
