@@ -33,6 +33,7 @@ class LLM:
             get_vocab_size=lambda: config["vocab_size"],
             get_hidden_size=lambda: config["hidden_size"],
             hf_config=SimpleNamespace(**config),
+            try_get_generation_config=dict,
         )
         if NOTES:
             Path(NOTES).write_text(json.dumps(options, default=str))
