@@ -80,6 +80,6 @@ def test_bad_input_is_refused_before_any_compute(saved, tmp_path):
     with pytest.raises(ValueError, match=r"OutcomeRewardModel\.load"):
         tiny_rl.trainer(PPO, reward=SharedReward(folder), adapter="none")
     with pytest.raises(ValueError, match="another shape"):
-        tiny_rl.trainer(PPO, reward=SharedReward(folder), base=tiny_rl.language_model())
+        tiny_rl.trainer(PPO, reward=SharedReward(folder), base=tiny_rl.language_model(vocab_size=56))
     with pytest.raises(ValueError, match="carries an adapter 'reward' already"):
         tiny_rl.trainer(PPO, reward=Mixed([(1.0, SharedReward(folder)), (1.0, SharedReward(folder))]))
