@@ -151,7 +151,7 @@ def spread(folder: Path) -> bool:
         found = {"state": state, "files": sorted(json.loads(state)["files"])}
     found = json.loads(parallel.of_first(json.dumps(found).encode()))
     if parallel.size() > 1 and found:
-        mine = exists(folder) and (latest(folder) / STATE).read_text() == found["state"]
+        mine = _state_of(folder) == found["state"]
         for name in found["files"]:
             content = parallel.of_first((source / name).read_bytes() if source else b"")
             if not mine:
@@ -161,6 +161,14 @@ def spread(folder: Path) -> bool:
             replace_file(folder / STATE, found["state"].encode())  # last: it makes the files a checkpoint
         parallel.barrier()  # nobody reads what another one writes
     return bool(found)
+
+
+def _state_of(folder: Path) -> str:
+    """The state of the checkpoint in a folder as it is written; "" where there is no whole one."""
+    try:
+        return (latest(folder) / STATE).read_text()
+    except CheckpointError:
+        return ""
 
 
 def latest(folder: Path) -> Path:
