@@ -253,6 +253,14 @@ def test_kill_9_of_driver_or_worker_at_random_points_then_the_same_content(tmp_p
     no_half_artifact(store)
 
 
+def test_what_a_kill_left_behind_goes_also_where_nothing_is_left_to_make(tmp_path):
+    store = Store(tmp_path)
+    run([Number(value=1)], store)
+    (tmp_path / "tmp" / f"{Number(value=1).key}.aca50cae").mkdir()
+    assert run([Number(value=1)], store).status == {Number(value=1).key: "cached"}
+    no_half_artifact(store)
+
+
 def test_ctrl_c_leaves_no_half_artifact_and_a_re_run_continues(tmp_path):
     root, trace = tmp_path / "s", tmp_path / "trace"
     driver = drive(root, trace)

@@ -271,10 +271,10 @@ class _Run:
         self.store.share(node.spec.key for node in self.plan.cached)
         for node in self.plan.cached:
             self.settle(node, "cached")
+        self.store.sweep()
         if not self.plan.to_run:
             return
         self.store.check_writable()
-        self.store.sweep()
         self.pool = self.open_pool()
         try:
             self.pool.check([node.spec for node in self.plan.to_run])
@@ -367,11 +367,11 @@ class _Run:
         self.console.print(text, highlight=False, soft_wrap=True)
 
     def stop(self) -> None:
-        """End the pool; what was half made is swept away."""
+        """End the pool; what was half made is swept away, also by a worker whose driver was killed before."""
         at_work = self.running
         self.pool.stop()
+        self.store.sweep()
         if at_work:
-            self.store.sweep()
             done = sum(node.status in ("cached", "done") for node in self.nodes.values())
             self.say(f"stopped with {done} of {len(self.nodes)} nodes finished and kept: run again to continue")
 

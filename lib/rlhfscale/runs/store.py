@@ -199,10 +199,11 @@ class Store:
                 self._upload(spec.key)
 
     def sweep(self) -> int:
-        """Delete temporary folders whose maker has died (its lock is free); returns how many."""
+        """Delete temporary folders whose maker has died (its lock is free); returns how many: none of a store that can
+        only be read."""
         count = 0
         for folder in (self.root / "tmp").glob("*"):
-            with suppress(Timeout), self.lock(folder.name.rpartition(".")[0]).acquire(blocking=False):
+            with suppress(Timeout, StoreError), self.lock(folder.name.rpartition(".")[0]).acquire(blocking=False):
                 shutil.rmtree(folder, ignore_errors=True)
                 count += 1
         return count
