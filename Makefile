@@ -20,8 +20,6 @@ TIER ?= laptop
 FIGURE ?=
 WORKERS ?= 2
 SLOW ?= 1
-# one more than cores: tests of clusters and engines mostly wait
-TEST_WORKERS ?= 3
 EXTRAS ?=
 VENV ?= .venv
 PEER ?= .venv-bench
@@ -78,7 +76,7 @@ claims: setup
 	@$(BIN)/rlhfscale claims --tier $(TIER)
 
 test: setup-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadgroup $(if $(filter 0,$(SLOW)),-m "not slow") $(PYTEST_OPTIONS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup $(if $(filter 0,$(SLOW)),-m "not slow") $(PYTEST_OPTIONS)
 
 lint: setup-dev
 	$(BIN)/ruff check
