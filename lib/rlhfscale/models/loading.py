@@ -1,6 +1,9 @@
 """Load models in fp32, bf16 or NF4, and what is asked of any model: its trunk, its fingerprint, its special tokens."""
 
 import hashlib
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -50,6 +53,14 @@ def lora_config(rank: int, alpha: float, targets: str | list[str] = "all-linear"
     """LoRA on every linear layer of the decoder blocks (Hu et al. 2021; Schulman et al. 2025 find all layers best),
     or on the layers whose names end with one of ``targets``."""
     return LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=targets)
+
+
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Within this context PEFT does not warn of what it mends by itself when it adds adapters."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "fan_in_fan_out|The following (rank|alpha)_pattern")
+        yield
 
 
 DTYPES = ("fp32", "bf16", "nf4")

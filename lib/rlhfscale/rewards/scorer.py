@@ -171,7 +171,7 @@ def prepare(model: Scored, lora_rank: int, merge: bool, rng: np.random.Generator
     elif lora_rank:
         config = loading.lora_config(lora_rank, 2.0 * lora_rank)
         config.modules_to_save = ["score"]
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), loading.quiet_peft():
             torch.manual_seed(int(rng.integers(2**31)))
             model = get_peft_model(model, config)
     elif loading.is_quantised(model):

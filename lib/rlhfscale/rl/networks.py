@@ -6,7 +6,6 @@ four models cost the memory of one. `FullWeights` trains all weights and keeps a
 
 import contextlib
 import copy
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -154,8 +153,7 @@ class SharedBase(nn.Module):
         self.fingerprint = loading.fingerprint(base)
         config = loading.lora_config(rank, alpha, targets)
         base.requires_grad_(False)
-        with torch.random.fork_rng(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "fan_in_fan_out|The following (rank|alpha)_pattern")  # PEFT mends it
+        with torch.random.fork_rng(), loading.quiet_peft():
             torch.manual_seed(seed)
             self.model = get_peft_model(base, config, adapter_name=POLICY)
             if critic == "separate":
