@@ -337,6 +337,16 @@ def test_the_checkpoint_of_another_run_is_refused(kind, changes, message, unbrok
     assert tiny.equal(state(run)[0], before[0]) and state(run)[1] == before[1]
 
 
+def test_a_run_goes_on_with_its_own_prompts_only(tmp_path):
+    """In any kind of collection; a function's prompts are not known beforehand."""
+    train(new(), tmp_path, updates=2)
+    with pytest.raises(learner.CheckpointError, match=r"another run: prompts: [0-9a-f]{16} there, [0-9a-f]{16} here"):
+        new().train(tiny.prompts(9), 4, folder=tmp_path, progress=False)
+    options = {"folder": tmp_path, "checkpoint_every": EVERY, "progress": False}
+    assert len(new().train(iter(tiny.prompts(10)), 4, **options)) == 4
+    assert len(new().train(lambda update: tiny.prompts(4, seed=update), 5, **options)) == 5
+
+
 def test_no_checkpoint_is_named(tmp_path):
     with pytest.raises(learner.CheckpointError, match=f"{tmp_path}.*no checkpoint there"):
         new().load(tmp_path / CHECKPOINT)
