@@ -169,3 +169,11 @@ def test_relative_links_lead_somewhere(page):
         place, _, _ = link.partition("#")
         if place and not re.match(r"[a-z]+:", place):
             assert (page.parent / place).exists(), f"{page.relative_to(ROOT)} links to {link}"
+
+
+def test_nothing_is_printed_where_bitsandbytes_is_installed():
+    """It says at import which of its kernels this processor has not."""
+    pytest.importorskip("bitsandbytes")
+    code = "from rlhfscale.models import loading; import bitsandbytes.nn"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT / "lib")
+    assert (done.stdout, done.stderr) == ("", "")
