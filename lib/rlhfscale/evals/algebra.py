@@ -17,7 +17,6 @@ from typing import Any
 from rlhfscale.evals.verifiers import normal_form
 
 DIGITS = 50
-LARGEST_BITS = 100_000
 PLAIN = re.compile(r"[-+]?(\d{1,3}(,\d{3})+|\d+)?(\.\d*)?")
 EXPONENT = re.compile(r"([-+]?(?:\d+\.?\d*|\.\d+))\s*(?:[eE]|\\(?:times|cdot)\s*10\s*\^)\s*\{?([-+]?\d{1,4})\}?")
 MIXED = re.compile(r"(-?)(\d+)\s+(\d+)/(\d+)|(-?)(\d+)\s*\\[dt]?frac\{?(\d+)\}?\{?(\d+)\}?")

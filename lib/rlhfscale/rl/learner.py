@@ -1,11 +1,10 @@
 """The optimiser of a trainer, with clipped gradients and a check that numbers are finite; and its checkpoints."""
 
-import hashlib
 import json
 import shutil
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -13,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from rlhfscale.models import parallel
-from rlhfscale.models.files import replace_file, sha256
+from rlhfscale.models.files import replace_file, sealed, sha256
 from rlhfscale.models.lm import Diverged
 
 STATE = "state.json"
@@ -93,7 +92,7 @@ class Learner:
         }
         save_file(moments, temporary / "optimizer.safetensors")
         state = state | {"model": self.networks.fingerprint, "files": digests(temporary)}
-        (temporary / STATE).write_text(sealed(state))
+        (temporary / STATE).write_bytes(sealed(state))
         if folder.exists():
             shutil.rmtree(old, ignore_errors=True)
             folder.rename(old)
@@ -144,14 +143,18 @@ def spread(folder: Path) -> bool:
 
     Processes of other machines may have another file system: the copy is written into their folder of that name.
     """
+    if parallel.size() == 1:
+        return exists(folder)  # `latest` looks at its content when it is read
     found, source = {}, None
     if parallel.rank() == 0 and exists(folder):
         source = latest(folder)
         state = (source / STATE).read_text()
         found = {"state": state, "files": sorted(json.loads(state)["files"])}
     found = json.loads(parallel.of_first(json.dumps(found).encode()))
-    if parallel.size() > 1 and found:
-        mine = _state_of(folder) == found["state"]
+    if found:
+        mine = False
+        with suppress(CheckpointError):
+            mine = (latest(folder) / STATE).read_text() == found["state"]
         for name in found["files"]:
             content = parallel.of_first((source / name).read_bytes() if source else b"")
             if not mine:
@@ -161,14 +164,6 @@ def spread(folder: Path) -> bool:
             replace_file(folder / STATE, found["state"].encode())  # last: it makes the files a checkpoint
         parallel.barrier()  # nobody reads what another one writes
     return bool(found)
-
-
-def _state_of(folder: Path) -> str:
-    """The state of the checkpoint in a folder as it is written; "" where there is no whole one."""
-    try:
-        return (latest(folder) / STATE).read_text()
-    except CheckpointError:
-        return ""
 
 
 def latest(folder: Path) -> Path:
@@ -191,7 +186,7 @@ def latest(folder: Path) -> Path:
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint in a folder, naming the file; None where every file is as it was written."""
     try:
-        content, found = (folder / STATE).read_text(), digests(folder)
+        content, found = (folder / STATE).read_bytes(), digests(folder)
         state = json.loads(content)
         if content != sealed(state):
             return f"{folder / STATE} has changed since it was written"
@@ -205,13 +200,6 @@ def damage(folder: Path) -> str | None:
     except (ValueError, LookupError, TypeError, AttributeError):
         return f"{folder / STATE} does not describe a checkpoint"
     return None
-
-
-def sealed(state: dict) -> str:
-    """A state as it is written: JSON with a hash of all else in it."""
-    content = {name: value for name, value in state.items() if name != "seal"}
-    seal = hashlib.sha256(json.dumps(content, allow_nan=False).encode()).hexdigest()
-    return json.dumps(content | {"seal": seal}, indent=1) + "\n"
 
 
 def digests(folder: Path) -> dict[str, str]:

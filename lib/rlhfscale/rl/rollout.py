@@ -196,7 +196,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> Sequence[int]:
         prompt.encode()  # tokenizers' own error does not say what is wrong
         return tokenizer(prompt)["input_ids"]
     if len(prompt) and isinstance(prompt[0], dict):
-        json.dumps(prompt, ensure_ascii=False).encode()
+        json.dumps(prompt, ensure_ascii=False, default=str).encode()
         return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
     return prompt
 

@@ -10,7 +10,6 @@ make the same artifact at once, each has its own and the URL the last.
 """
 
 import errno
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -27,7 +26,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from rlhfscale.models.files import sha256
+from rlhfscale.models.files import plain_json, sealed, sha256
 from rlhfscale.runs.paths import FULL, NotWritable, check_writable, is_url, store_location, store_root
 from rlhfscale.runs.remote import MANIFEST, Damaged, Remote, StoreError, at_once
 from rlhfscale.runs.spec import Spec, key_of
@@ -193,7 +192,7 @@ class Store:
                     if path.is_file()
                 },
             }
-            (temporary / MANIFEST).write_bytes(_sealed(manifest))
+            (temporary / MANIFEST).write_bytes(sealed(manifest))
             self._publish(temporary, spec.key)
             if self.remote:
                 self._upload(spec.key)
@@ -273,7 +272,7 @@ class Store:
                 return None
             if key_of(manifest["spec"]) != key:
                 return "its manifest describes another artifact"
-            if content != (_plain(manifest) if set(manifest) == UNSEALED else _sealed(manifest)):
+            if content != (plain_json(manifest) if set(manifest) == UNSEALED else sealed(manifest)):
                 return f"{MANIFEST} has changed"
             for name, recorded in manifest["files"].items():
                 if files[name].st_size != recorded["bytes"]:
@@ -321,16 +320,6 @@ def scratch(artifact: Path) -> Iterator[Path]:
     folder = artifact.parent.parent / "checkpoints" / artifact.name.rpartition(".")[0]
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def _sealed(manifest: dict[str, Any]) -> bytes:
-    """A manifest as it is written: JSON with a hash of all else in it, since tables are made from its costs too."""
-    content = {name: value for name, value in manifest.items() if name != "seal"}
-    return _plain(content | {"seal": hashlib.sha256(_plain(content)).hexdigest()})
-
-
-def _plain(manifest: dict[str, Any]) -> bytes:
-    return (json.dumps(manifest, indent=1, allow_nan=False) + "\n").encode()
 
 
 def _to_disk(path: Path) -> None:
