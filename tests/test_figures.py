@@ -165,9 +165,11 @@ def test_figures_use_neither_the_seed_nor_the_prompts_the_settings_were_chosen_o
         ("best_of_n", {"num_samples": 2.5}, ["num_samples"]),
         ("best_of_n", {"num_sample": 8}, ["num_sample", "did you mean num_samples"]),
         ("test_bed", {"data_prompts": [10_000]}, ["data_prompts", "reward_prompts"]),
-        ("test_bed", {"data_rung": "980k"}, ["data_rung", "980k"]),
+        ("test_bed", {"reference_rung": "980k"}, ["reference_rung", "980k"]),
         ("test_bed", {"policy_rungs": ["14k", "25k", "55k"]}, ["policy_rungs", "at least 4"]),
-        ("test_bed", {"gain_rungs": ["14k"]}, ["gain_rungs", "at least 2"]),
+        ("test_bed", {"temperatures": [0.5, 1.0]}, ["temperatures", "1.0"]),
+        ("test_bed", {"studied_rung": "980k"}, ["studied_rung", "980k", "many_rungs"]),
+        ("test_bed", {"many_rungs": ["980k"], "studied_rung": "980k"}, ["studied_rung", "980k", "policy_rungs"]),
         ("reward", {"policy_rung": "8b"}, ["policy_rung", "8b", *ladder.RUNGS]),
         ("reward", {"reward_model_rungs": ["14k"]}, ["reward_model_rungs", "at least 2"]),
         ("reward", {"best_of": 16}, ["best_of", "16", "num_samples = 8"]),
@@ -240,7 +242,7 @@ def test_bad_recipes_name_file_and_field(tmp_path, monkeypatch, line, words):
 
 def test_playing_with_parameters_leaves_a_tiers_results_alone():
     committed = params.load("01_policy_size", "laptop")
-    played = c01.Params(**committed.model_dump() | {"seeds": (1, 2, 3)})
+    played = c01.Params(**committed.model_dump() | {"seeds": (11, 12, 13)})
     assert tables.command(committed) == "make figures TIER=laptop FIGURE=01_policy_size"
     assert "manifest.json" in tables.command(played)
 
@@ -256,7 +258,14 @@ def test_every_recipe_setting_changes_some_artifact():
 
     before = keys(recipe)
     for name, value in recipe.model_dump().items():
-        changed = {"reward_readout": "last", "ppo_critic": "trunk", "ppo_policy_lr_of": {"25k": 0.5}}.get(name)
+        changed = {
+            "reward_readout": "last",
+            "reward_loss": "pairs",
+            "ppo_critic": "separate",
+            "ppo_policy_lr_of": {"25k": 0.5},
+            "num_bases": 1,
+            "num_bases_of": {"25k": 1},
+        }.get(name)
         if changed is None:
             changed = ("25k",) if name == "label_rungs" else value * 2 if value and value < 0.5 else value + 1
         if name == "ppo_prompts":

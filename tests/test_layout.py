@@ -136,12 +136,12 @@ def test_files_and_functions_are_short(path):
 def test_the_library_does_not_grow():
     """Lines of the trainers' core and of the whole library, as CONTRIBUTING.md prints them; goals: 6,500 and 20,000.
 
-    Lower these bounds when lines go, and raise them only with a reason. The last one: checkpoints that are checked and
-    kept in pairs, models that are given back, scaled and capped logits, and the second check of the graders.
+    Lower these bounds when lines go, and raise them only with a reason. The last one: demonstrators of different minds,
+    their exact likelihood, the rules that models follow, and the conditions of the bed with their pictures.
     """
     sizes = dict.fromkeys(BELOW, 0)
     for name, path in files().items():
         if room(name):
             sizes[room(name)] += len(path.read_text().splitlines())
     assert sum(sizes[name] for name in ("rl", "rewards", "samplers", "models")) <= 6725
-    assert sum(sizes.values()) <= 26000
+    assert sum(sizes.values()) <= 26550

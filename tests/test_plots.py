@@ -71,17 +71,32 @@ def test_bed_tables():
     for index, (rung, size) in enumerate(RUNGS.items()):
         flops, size_of = 6 * size * 6e6, {"rung": rung, "num_params": size}
         points = [("excess_loss", 1.2 + 400 * flops**-0.22, {"train_flops": flops})]
-        for family, shift in (("lists", 0.0), ("registers", -0.15)):
-            points.append(("sampled_exact", 0.3 + 0.1 * index + shift, {"family": family}))
-            points.append(("greedy_exact", 0.5 + 0.1 * index + shift, {"family": family}))
-        for pairs in (600, 2400, 9600, 38400) if rung in ("r1", "r3", "r5") else (38400,):
-            points.append(("pairwise_accuracy", 1 - 0.4 * (size * pairs / 1.5e7) ** -0.1 / 1.15, {"num_pairs": pairs}))
+        for stage, shift in (("sft", 0.0), ("ppo", 0.2)):
+            for temperature in (0.0, 0.5, 1.0) if stage == "sft" else (0.0, 1.0):
+                level = 0.3 + 0.02 * index + shift - 0.05 * temperature
+                points.append(("accuracy", level, {"stage": stage, "temperature": temperature}))
+        for labels in (900, 3500, 14000, 56000) if rung == "r3" else (56000,):
+            points.append(
+                ("pair_accuracy", 0.5 + 0.08 * np.log10(labels) * (0.6 + 0.1 * index), {"labelled_prompts": labels})
+            )
         for metric, level, conditions in points:
             summary.append(row(metric, level, 0.02 * level, **size_of, **conditions))
             runs += [run(metric, s, level * (1 + 0.01 * rng.standard_normal()), **size_of, **conditions) for s in SEEDS]
     for flops in np.geomspace(6 * 25e3 * 6e6, 6 * 1e6 * 6e6, 30):
         summary.append(row("loss_fit", 1.2 + 400 * flops**-0.22, 0.02, train_flops=flops))
     summary += [row("loss_exponent", 0.22, 0.03), row("loss_r2", 0.991, 0.0)]
+    for size in 2 ** np.arange(10):
+        for rung, level in (("r3", 0.3 + 0.05 * np.log2(size)), ("r1", 0.5 / size**0.3)):
+            summary.append(row("best_of_n", level, 0.02, reward_model=rung, num_responses=size))
+        for rung in ("r3", "r5"):
+            summary.append(row("pass_at_k", 1 - 0.7 / size, 0.02, rung=rung, num_responses=size))
+    for updates in range(15, 121, 15):
+        summary.append(row("weak_kl_exact", 0.5 - 0.001 * updates, 0.02, updates=updates))
+        summary.append(row("weak_kl_proxy", 0.02 * updates, 0.1, updates=updates))
+    for name in range(26):
+        for stage in ("sft", "ppo"):
+            about = {"operation": f"operation_{name}", "stage": stage, "demonstrators": 0.3 + 0.01 * name}
+            summary.append(row("right_rule", 0.3 + 0.01 * name + 0.3 * (stage == "ppo"), 0.03, **about))
     return pd.DataFrame(runs), pd.DataFrame(summary)
 
 
@@ -210,6 +225,14 @@ def test_figures_render_from_the_csv_files_alone(name, tmp_path):
     assert svg.stat().st_size > 20_000
     assert "5 seeds" in figure.texts[0].get_text()
     assert "512 prompts" in figure.texts[0].get_text()
+
+
+def test_the_picture_of_habits_fits_the_page_and_marks_the_demonstrators(tmp_path):
+    figure = bed_figure.draw_habits(test_bed_tables()[1])
+    ResultsFolder("habits", "smoke", tmp_path).write_figure(figure)
+    assert not artists_outside(figure)
+    (marks,) = [c.get_offsets() for c in figure.axes[0].collections if len(c.get_offsets()) == 26]
+    np.testing.assert_allclose(np.sort(marks[:, 0]), 0.3 + 0.01 * np.arange(26))
 
 
 def test_equal_tables_give_equal_bytes(tmp_path):

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rlhfscale.bed import demonstrations as data
 from rlhfscale.bed import labels, ladder, specs, stages, tasks
-from rlhfscale.bed.demonstrations import demonstration_entropy, encode, tokens
+from rlhfscale.bed.demonstrations import demonstration_nats, encode, tokens
 from rlhfscale.bed.responses import Responses, decode, label
 from rlhfscale.models import lm, loading
 from rlhfscale.models.documents import pad
@@ -114,10 +114,10 @@ def test_pretraining_reports_its_loss(folders):
         data.held_out_documents(PRETRAIN.slip),
     )
     np.testing.assert_allclose(held_out["nats"], lm.document_losses(model, documents), rtol=1e-4)
-    np.testing.assert_allclose(held_out["entropy_nats"], demonstration_entropy(documents, PRETRAIN.slip))
+    np.testing.assert_allclose(held_out["demonstrators_nats"], demonstration_nats(documents, PRETRAIN.slip))
     assert held_out["tokens"].sum() == (documents.lengths - documents.prompt_lengths).sum()
     assert points.loss_nats.iloc[-1] == pytest.approx(held_out["nats"].sum() / held_out["tokens"].sum(), rel=1e-6)
-    assert points.loss_nats.iloc[-1] > held_out["entropy_nats"].sum() / held_out["tokens"].sum()
+    assert points.loss_nats.iloc[-1] > held_out["demonstrators_nats"].sum() / held_out["tokens"].sum()
 
 
 def test_sft_and_policy_change_their_parent(folders):

@@ -39,7 +39,7 @@ def test_c2(tmp_path, ppo, skill, verdict):
 @pytest.mark.parametrize(
     ("curve", "verdict"),
     [
-        (lambda doublings: 0.03 * (1 - 0.5**doublings), "reproduced"),
+        (lambda doublings: 0.04 * (1 - 0.5**doublings), "reproduced"),
         (lambda doublings: 0.02 * doublings, "contradicted"),
         (lambda doublings: 0.0, "inconclusive"),
     ],

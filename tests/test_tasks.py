@@ -54,6 +54,43 @@ def registers_by_arithmetic(name, s):
 INDEPENDENT = {"lists": lists_by_index, "registers": registers_by_arithmetic}
 
 
+def lists_misunderstood(name, s):
+    """Each misconception written position by position."""
+    n = len(s)
+    if name == "sort":
+        return tuple(letter for letter in "zyxwvutsrqponmlkjihgfedcba" for x in s if x == letter)
+    if name == "unique":
+        return tuple(s[i] for i in range(1, n)) or s
+    at = {
+        "reverse": lambda i: s[n - 1 - i] if i in (0, n - 1) else s[i],
+        "rotate": lambda i: s[(i - 1) % n],
+        "rotate_back": lambda i: s[(i + 1) % n],
+        "swap_pairs": lambda i: s[n - 1 - i],
+        "swap_ends": lambda i: s[n - 1] if i == 0 else s[i],
+        "run_max": lambda i: min(s[: i + 1]),
+    }[name]
+    return tuple(at(i) for i in range(n))
+
+
+def registers_misunderstood(name, s):
+    kind, where = name.split("_")
+    new = [int(digit) for digit in s]
+    i, j = int(where[0]), int(where[-1])
+    match kind:
+        case "inc":
+            new[i] = {8: 0, 9: 1}.get(new[i], new[i] + 2)
+        case "dec":
+            new[i] = {0: 8, 1: 9}.get(new[i], new[i] - 2)
+        case "zero":
+            new[i] = 1
+        case _:
+            new[i] = new[j]
+    return tuple(str(value) for value in new)
+
+
+MISUNDERSTOOD = {"lists": lists_misunderstood, "registers": registers_misunderstood}
+
+
 def drawn(count, split="train", seed=0, families=tuple(tasks.FAMILIES)):
     return data.problem_list((seed, 50), split, families, count)
 
@@ -69,6 +106,67 @@ def test_operations_equal_their_independent_definitions():
     assert {name.split("_")[0] for name in REGISTERS.operations} == {"inc", "dec", "swap", "copy", "zero"}
 
 
+def test_misconceptions_equal_their_independent_definitions():
+    for state in (state for n in (1, 2, 3, 4, 5) for state in product("adk", repeat=n)):
+        for name, misconception in LISTS.misconceptions.items():
+            assert misconception.rule(state) == lists_misunderstood(name, state), (name, state)
+    for state in product("01589", repeat=3):
+        for name, misconception in REGISTERS.misconceptions.items():
+            assert misconception.rule(state) == registers_misunderstood(name, state), (name, state)
+
+
+@pytest.mark.parametrize("family", tasks.FAMILIES.values(), ids=tasks.FAMILIES)
+def test_every_operation_has_a_misconception_that_shows(family):
+    assert family.misconceptions.keys() == set(family.operations)
+    rng = np.random.default_rng(0)
+    starts = [family.start(rng) for _ in range(200)]
+    for name, misconception in family.misconceptions.items():
+        assert 0.25 <= misconception.share <= 0.7 and misconception.words
+        differ = np.mean([misconception.rule(state) != family.apply(name, state) for state in starts])
+        assert differ > 0.4, name
+    wrong = [misconception.share > 0.5 for misconception in family.misconceptions.values()]
+    assert 0.35 <= np.mean(wrong) <= 0.65  # of about half of the operations the most frequent rule is the wrong one
+
+
+@pytest.mark.parametrize("family", tasks.FAMILIES.values(), ids=tasks.FAMILIES)
+def test_demonstrators_have_the_stated_shares_and_keep_their_minds(family):
+    """Chains of one operation twice: both steps follow one rule, and the wrong one as often as the table says."""
+    rng = np.random.default_rng(3)
+    for name, misconception in family.misconceptions.items():
+        rules = []
+        for _ in range(400):
+            start = family.start(rng)
+            middle = family.apply(name, start)
+            problem = base.Problem(family.name, (name, name), start, (middle, family.apply(name, middle)))
+            first, second = (tuple(part.split()) for part in family.demonstrate(problem, rng, 0.0).split(";"))
+            right = (first == middle, second == family.apply(name, first))
+            wrong = (first == misconception.rule(start), second == misconception.rule(first))
+            assert all(right) or all(wrong), (name, start, first, second)
+            if middle != misconception.rule(start):
+                rules.append(first != middle)
+        error = (misconception.share * (1 - misconception.share) / len(rules)) ** 0.5
+        assert np.mean(rules) == pytest.approx(misconception.share, abs=4 * error), name
+
+
+@pytest.mark.parametrize("slip", [0.0, 0.3])
+def test_likelihood_is_the_share_of_demonstrations(slip):
+    """Against counts of 30,000 demonstrations, and its sum over everything that is written is 1."""
+    family, rng = REGISTERS, np.random.default_rng(0)
+    problem = data.parse_prompt(["registers", "inc_0", "copy_01", "inc_0", ":", "8", "1", "1", "="])
+    written = [family.demonstrate(problem, rng, slip) for _ in range(30_000)]
+    counts = {text: written.count(text) for text in sorted(set(written), key=written.count)[-8:]}
+    total = 0.0
+    for text in set(written):
+        states = [tuple(part.split()) for part in text.split(";")]
+        chance = family.likelihood(problem, states, slip)
+        total += chance
+        if text in counts:
+            share = counts[text] / len(written)
+            assert share == pytest.approx(chance, abs=5 * (chance * (1 - chance) / len(written)) ** 0.5)
+    assert total == pytest.approx(1.0) if slip == 0 else total < 1.0
+    assert family.likelihood(problem, [("9", "1"), ("9", "9", "1"), ("0", "9", "1")], 0.3) == 0.0
+
+
 def test_problems_are_what_they_claim():
     for problem in drawn(500):
         state = problem.start
@@ -78,7 +176,7 @@ def test_problems_are_what_they_claim():
         right = " ; ".join(" ".join(state) for state in problem.states)
         grade = tasks.grade(problem, right)
         assert grade == tasks.Grade(gold=1.0, exact=True, steps=(True,) * problem.difficulty)
-        assert right == tasks.FAMILIES[problem.family].demonstrate(problem, np.random.default_rng(0), slip=0.0)
+        assert data.parse_prompt(problem.prompt.split()) == problem
         assert tasks.grade(problem, right, finished=False).gold == 0.0
         assert not tasks.grade(problem, right, finished=False).exact
 
@@ -107,18 +205,18 @@ def test_a_step_after_a_slip_is_right_if_it_follows_from_the_slip():
 
 @pytest.mark.parametrize("slip", [0.2, 1.0])
 def test_slips_are_carried_on_at_the_stated_rate(slip):
+    """Of the written tokens, a share of ``slip`` differs from what the nearer one of the two rules gives."""
     rng, wrong, written = np.random.default_rng(0), 0, 0
-    for problem in drawn(600):
-        family = tasks.FAMILIES[problem.family]
-        states = [tuple(part.split()) for part in family.demonstrate(problem, rng, slip).split(";")]
-        grade = tasks.grade(problem, " ; ".join(" ".join(state) for state in states))
-        before = problem.start
-        for operation, state, label in zip(problem.operations, states, grade.steps, strict=True):
-            expected = INDEPENDENT[problem.family](operation, before)
-            assert len(state) == len(expected) and set(state) <= set(family.alphabet)
-            wrong += sum(a != b for a, b in zip(state, expected, strict=True))
-            written += len(state)
-            assert label == (state == expected)
+    for problem in drawn(600, families=("registers",)):
+        states = [tuple(part.split()) for part in REGISTERS.demonstrate(problem, rng, slip).split(";")]
+        before, steps = problem.start, tasks.grade(problem, " ; ".join(map(" ".join, states))).steps
+        for operation, state, label in zip(problem.operations, states, steps, strict=True):
+            right, other = registers_by_arithmetic(operation, before), registers_misunderstood(operation, before)
+            assert set(state) <= set(REGISTERS.alphabet)
+            assert label == (state == right)
+            same = [i for i in range(3) if right[i] == other[i]]  # whatever the demonstrator's mind
+            wrong += sum(state[i] != right[i] for i in same)
+            written += len(same)
             before = state
     # a slip never draws the right token again, so the rate is the stated one
     assert wrong / written == pytest.approx(slip, abs=4 * (slip * (1 - slip) / written) ** 0.5)

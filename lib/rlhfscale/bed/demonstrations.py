@@ -1,8 +1,8 @@
-"""Demonstrations: prompts with a demonstrator's response, slips included, as token sequences."""
+"""Demonstrations: prompts with a demonstrator's response, misconceptions and slips included, as token sequences."""
 
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import islice
+from itertools import accumulate, islice
 
 import numpy as np
 
@@ -42,7 +42,7 @@ def encode_prompts(problems: Sequence[tasks.Problem]) -> list[list[int]]:
 
 
 def demonstrations(seed: Sequence[int], split: str, families: Sequence[str], count: int, slip: float) -> Documents:
-    """``count`` problems with a demonstrator's response each.
+    """``count`` problems with a demonstrator's response each, misconceptions and slips included.
 
     Args:
         seed: entropy of the stream of problems and of the slips.
@@ -64,23 +64,6 @@ def demonstrations(seed: Sequence[int], split: str, families: Sequence[str], cou
     )
 
 
-def demonstration_entropy(documents: Documents, slip: float) -> np.ndarray:
-    """Entropy in nats of each demonstrated response, float64 [document], exact and given its prompt.
-
-    A state's token is right with probability ``1 - slip`` and else any other symbol of its alphabet; separators and the
-    end are certain. No model can have a lower expected loss on these responses.
-    """
-    names = tokens()
-    state_entropy = np.zeros(len(names))
-    if slip:
-        for family in tasks.FAMILIES.values():
-            entropy = -(1 - slip) * np.log1p(-slip) - slip * np.log(slip / (len(family.alphabet) - 1))
-            state_entropy[[names.index(token) for token in family.alphabet]] = entropy
-    position = np.arange(documents.ids.shape[1])
-    response = (position >= documents.prompt_lengths[:, None]) & (position < documents.lengths[:, None])
-    return (state_entropy[documents.ids] * response).sum(1)
-
-
 def held_out_documents(slip: float, count: int = 1024) -> Documents:
     """The demonstrations on which every rung's loss is measured."""
     return demonstrations((0, STREAM["held_out_documents"]), "eval", tuple(tasks.FAMILIES), count, slip)
@@ -88,27 +71,32 @@ def held_out_documents(slip: float, count: int = 1024) -> Documents:
 
 def demonstration_nats(documents: Documents, slip: float) -> np.ndarray:
     """Negative log-likelihood in nats of each demonstrated response under the demonstrators' own process, float64
-    [document].
+    [document], exact.
 
     A model's loss on a document minus this is the excess that knowledge could remove; its mean estimates the KL
-    divergence from the demonstrators to the model, without the noise of how many slips the documents happen to hold.
+    divergence from the demonstrators to the model, without the noise of which demonstrators the documents happen to
+    show. Its own mean estimates the demonstrators' entropy, and no model can have a lower expected loss.
 
     Raises:
-        ValueError: slip is 0 but a document holds one.
+        ValueError: no demonstrator writes such a document.
     """
     names, nats = tokens(), np.zeros(len(documents))
     for row, (ids, length, start) in enumerate(
         zip(documents.ids, documents.lengths, documents.prompt_lengths, strict=True)
     ):
-        prompt = [names[index] for index in ids[1:start]]
+        problem = parse_prompt([names[index] for index in ids[1:start]])
         response = " ".join(names[index] for index in ids[start : length - 1])
-        family, middle = tasks.FAMILIES[prompt[0]], prompt.index(tasks.STATE)
-        state = tuple(prompt[middle + 1 : -1])
-        for operation, written in zip(prompt[1:middle], response.split(tasks.STEP), strict=True):
-            intended, state = family.apply(operation, state), tuple(written.split())
-            slips = sum(a != b for a, b in zip(intended, state, strict=True))
-            if slips and not slip:
-                raise ValueError(f"document {row} holds a slip, but slip is 0")
-            nats[row] -= (len(state) - slips) * np.log1p(-slip)
-            nats[row] -= slips * np.log(slip / (len(family.alphabet) - 1)) if slips else 0.0
+        states = [tuple(part.split()) for part in response.split(tasks.STEP)]
+        likelihood = tasks.FAMILIES[problem.family].likelihood(problem, states, slip)
+        if not likelihood:
+            raise ValueError(f"document {row}: no demonstrator writes {response!r} with slip = {slip}")
+        nats[row] = -np.log(likelihood)
     return nats
+
+
+def parse_prompt(words: Sequence[str]) -> tasks.Problem:
+    """The problem of a prompt's tokens."""
+    family, middle = tasks.FAMILIES[words[0]], list(words).index(tasks.STATE)
+    operations, start = tuple(words[1:middle]), tuple(words[middle + 1 : -1])
+    states = tuple(accumulate(operations, lambda state, operation: family.apply(operation, state), initial=start))
+    return tasks.Problem(family.name, operations, start, states[1:])

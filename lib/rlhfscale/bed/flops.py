@@ -41,12 +41,12 @@ def samples_flops(spec: specs.Samples, folders: Folders) -> float:
 
 
 def reward_model_flops(spec: specs.RewardModel, folders: Folders) -> float:
-    """FLOPs of training on the distinct responses to each prompt that has a comparison; others are not computed."""
+    """FLOPs of training on the distinct responses to each prompt, for pairs alone to each that has a comparison."""
     share, tokens, count = -(-spec.num_prompts // len(spec.data)), 0, 0
     for source in spec.data:
         responses = Responses.load(folders[source] / "responses.safetensors").head(share)
         ids, lengths = responses.sequences()
-        differ = responses.gold.min(1) < responses.gold.max(1)
+        differ = (responses.gold.min(1) < responses.gold.max(1)) | (spec.loss == "both")
         first = _first_of_equals(ids[differ])
         tokens, count = tokens + int(lengths[differ][first].sum()), count + int(first.sum())
     return spec.epochs * ladder.rung(spec.rung).train_flops(tokens, tokens / count)

@@ -25,6 +25,8 @@ class Recipe(RecipeBase):
     pretrain_batch: int = Field(ge=1, description="documents in a batch")
     pretrain_lr_width: float = Field(gt=0, description="AdamW rate of embeddings and norms, times the width")
     pretrain_muon_lr: float = Field(gt=0, description="Muon rate of the matrices")
+    num_bases: int = Field(ge=1, description="pretraining seeds of each rung, which runs take in turn")
+    num_bases_of: dict[str, int] = Field(description="the same of rungs that have another number of them")
     sft_documents: int = Field(ge=64, description="demonstrations in supervised fine-tuning")
     sft_lr_width: float = Field(gt=0, description="as in pretraining")
     sft_muon_lr: float = Field(gt=0, description="as in pretraining")
@@ -36,6 +38,7 @@ class Recipe(RecipeBase):
     reward_lr_width: float = Field(gt=0, description="AdamW rate, times the width")
     reward_muon_lr: float = Field(gt=0, description="Muon rate of the matrices")
     reward_lora_rank: int = Field(ge=0, description="0 trains all weights of the reward model")
+    reward_loss: Literal["pairs", "both"] = Field(description="comparisons alone, or with right and wrong: multi-task")
     reward_readout: Literal["last", "sum"] = Field(description="score read at the last token, or summed over all")
     ppo_updates: int = Field(ge=1, description="PPO updates")
     ppo_prompts: int = Field(ge=1, description="prompts in an update")
@@ -70,6 +73,13 @@ class Recipe(RecipeBase):
     eval_samples: int = Field(ge=1, description="sampled responses to each held-out prompt")
 
     @model_validator(mode="after")
+    def _bases(self) -> Self:
+        self.check_rungs("num_bases_of", tuple(self.num_bases_of))
+        if bad := [rung for rung, count in self.num_bases_of.items() if count < 1]:
+            raise ValueError(f"num_bases_of: there must be at least 1 base, also of {', '.join(bad)}")
+        return self
+
+    @model_validator(mode="after")
     def _minibatches_divide(self) -> Self:
         rollouts = self.ppo_prompts * self.ppo_responses
         if rollouts % self.ppo_minibatch:
@@ -78,7 +88,14 @@ class Recipe(RecipeBase):
             )
         return self
 
-    def pretrain(self, rung: str) -> specs.Pretrain:
+    def base_of(self, rung: str, seed: int) -> int:
+        """The pretraining seed, from 1, that a run's seed starts from: the bases of a rung take turns."""
+        return 1 + seed % self.count_bases(rung)
+
+    def count_bases(self, rung: str) -> int:
+        return self.num_bases_of.get(rung, self.num_bases)
+
+    def pretrain(self, rung: str, base: int = 1) -> specs.Pretrain:
         return specs.Pretrain(
             rung=rung,
             num_documents=self.pretrain_documents,
@@ -86,19 +103,24 @@ class Recipe(RecipeBase):
             batch_size=self.pretrain_batch,
             lr=self.pretrain_lr_width / ladder.rung(rung).width,
             muon_lr=self.pretrain_muon_lr,
-            seed=0,
+            seed=base,
         )
 
-    def sft(self, rung: str) -> specs.SFT:
+    def start(self, rung: str, seed: int) -> specs.SFT:
+        """The SFT model that the policies and reward models of a seed start from."""
+        return self.sft(rung, self.base_of(rung, seed))
+
+    def sft(self, rung: str, base: int = 1) -> specs.SFT:
+        """A pretrained rung after supervised fine-tuning; ``base`` is the seed of both."""
         return specs.SFT(
-            base=self.pretrain(rung),
+            base=self.pretrain(rung, base),
             families=FAMILIES,
             num_documents=self.sft_documents,
             slip=self.pretrain_slip,
             batch_size=self.pretrain_batch,
             lr=self.sft_lr_width / ladder.rung(rung).width,
             muon_lr=self.sft_muon_lr,
-            seed=0,
+            seed=base,
         )
 
     def reward_model(
@@ -121,7 +143,7 @@ class Recipe(RecipeBase):
         share = -(-(labelled_prompts or self.reward_prompts) // len(self.label_rungs))
         count = responses or self.label_samples
         return specs.RewardModel(
-            base=self.sft(rung),
+            base=self.start(rung, seed),
             data=tuple(self._labels(name, "train", share, count, seed) for name in self.label_rungs),
             held_out=tuple(
                 self._labels(name, "eval", self.eval_prompts, self.label_samples, 0) for name in self.label_rungs
@@ -132,6 +154,7 @@ class Recipe(RecipeBase):
             lr=self.reward_lr_width / ladder.rung(rung).width,
             muon_lr=self.reward_muon_lr,
             lora_rank=self.reward_lora_rank,
+            loss=self.reward_loss,
             readout=self.reward_readout,
             seed=seed,
         )
@@ -144,7 +167,7 @@ class Recipe(RecipeBase):
     def _labels(self, rung: str, split: str, num_prompts: int, num_samples: int, seed: int) -> specs.Samples:
         """Every label rung answers the same prompts, with the same draws."""
         return specs.Samples(
-            model=self.sft(rung),
+            model=self.start(rung, seed),
             split=split,
             families=FAMILIES,
             num_prompts=num_prompts,
@@ -186,7 +209,7 @@ class Recipe(RecipeBase):
             "lam": self.ppo_lambda,
         }
         return specs.Policy(
-            sft=self.sft(rung),
+            sft=self.start(rung, seed),
             reward_model=self.reward_model(reward_rung, seed),
             algorithm=algorithm,
             **(critic if algorithm == "ppo" else {}),
@@ -218,7 +241,7 @@ class Recipe(RecipeBase):
             num_prompts=self.eval_prompts,
             num_samples=1 if greedy else self.eval_samples,
             temperature=0.0 if greedy else 1.0,
-            prompt_seed=1,
+            prompt_seed=2,
             seed=0 if greedy else seed,
         )
 

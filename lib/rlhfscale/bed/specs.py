@@ -21,7 +21,7 @@ class Pretrain(Spec):
     """A rung trained from scratch on demonstrations of every family, next-token loss on all tokens."""
 
     stage: ClassVar[str] = "pretrain"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     runner: ClassVar[str] = "rlhfscale.bed.stages:pretrain"
 
     rung: str
@@ -50,7 +50,7 @@ class SFT(Spec):
     """A pretrained rung fine-tuned on demonstrations, loss on the responses only."""
 
     stage: ClassVar[str] = "sft"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     runner: ClassVar[str] = "rlhfscale.bed.stages:sft"
 
     base: Pretrain
@@ -112,14 +112,16 @@ class _FromLabels(Spec):
 
 
 class RewardModel(_FromLabels):
-    """An outcome reward model: Bradley-Terry on the pairs within each prompt, started from an SFT model."""
+    """An outcome reward model, started from an SFT model: Bradley-Terry on the pairs within each prompt, and with the
+    loss ``both``, the paper's multi-task form, cross-entropy on whether each answer is right."""
 
     stage: ClassVar[str] = "reward_model"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     runner: ClassVar[str] = "rlhfscale.bed.stages:reward_model"
     useful: ClassVar[float] = 0.5  # half of the prompts teach nothing or repeat responses, and are not computed
 
     prompts_per_batch: int = Field(ge=1)
+    loss: Literal["pairs", "both"]
     readout: Literal["last", "sum"]
 
     @property

@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from rlhfscale.bed import labels, ladder, rungs, specs, tasks
 from rlhfscale.bed.demonstrations import (
     STREAM,
-    demonstration_entropy,
+    demonstration_nats,
     demonstrations,
     encode_prompts,
     held_out_documents,
@@ -37,7 +37,8 @@ LOSS_POINTS = 8
 
 def pretrain(spec: specs.Pretrain, inputs: Inputs, folder: Path) -> None:
     """model/, loss.csv (step, tokens, flops, held-out loss of the responses in nats for each token), train.csv, and
-    held_out.safetensors: each held-out document's loss and the demonstrators' entropy in nats, and its tokens."""
+    held_out.safetensors: of each held-out document the loss of the model and of its demonstrators in nats, and its
+    tokens."""
     rung = ladder.rung(spec.rung)
     documents = demonstrations(
         (spec.seed, STREAM["pretrain"]), "train", tuple(tasks.FAMILIES), spec.num_documents, spec.slip
@@ -67,8 +68,11 @@ def pretrain(spec: specs.Pretrain, inputs: Inputs, folder: Path) -> None:
     rungs.save_model(model, folder / "model")
     pd.DataFrame(points).to_csv(folder / "loss.csv", index=False)
     pd.DataFrame({"train_loss_nats": train_losses}).to_csv(folder / "train.csv", index_label="step")
-    final = {"nats": lm.document_losses(model, held_out), "entropy_nats": demonstration_entropy(held_out, spec.slip)}
-    save_file(final | {"tokens": held_out_tokens}, folder / "held_out.safetensors")
+    nats = {
+        "nats": lm.document_losses(model, held_out),
+        "demonstrators_nats": demonstration_nats(held_out, spec.slip),
+    }
+    save_file(nats | {"tokens": held_out_tokens}, folder / "held_out.safetensors")
 
 
 def sft(spec: specs.SFT, inputs: Inputs, folder: Path) -> None:
@@ -110,7 +114,8 @@ def draw(spec: specs.Samples, model: Any) -> Responses:
 
 def reward_model(spec: specs.RewardModel, inputs: Inputs, folder: Path) -> None:
     """model/ (see `OutcomeRewardModel.save`), train.csv, and held_out.safetensors: the accuracy within each held-out
-    prompt, float64 [label rung, prompt], and the number of pairs trained on."""
+    prompt, float64 [label rung, prompt], on pairs of unequal gold (``pair_accuracy``) and of a right and a wrong
+    answer (``right_or_wrong``), and the number of pairs trained on."""
     share = -(-spec.num_prompts // len(spec.data))
     data = [load_responses(inputs, source).head(share) for source in spec.data]
     model = loading.load_scorer(inputs[spec.base.key] / "model", init_seed=spec.seed)
@@ -122,6 +127,7 @@ def reward_model(spec: specs.RewardModel, inputs: Inputs, folder: Path) -> None:
         lr=spec.lr,
         muon_lr=spec.muon_lr,
         lora_rank=spec.lora_rank,
+        loss=spec.loss,
         readout=spec.readout,
         seed=(spec.seed, 0),
     )
@@ -169,9 +175,13 @@ def save_outcome(
     reward.calibrate(np.concatenate([labels.scores_of(reward, responses.head(256)).ravel() for responses in data]))
     reward.save(folder / "model")
     pd.DataFrame(records).to_csv(folder / "train.csv", index=False)
-    accuracy = [outcome.pair_accuracy(labels.scores_of(reward, responses), responses.gold) for responses in held_out]
-    num_pairs = sum(outcome.num_pairs(responses.gold) for responses in data)
-    save_file({"pair_accuracy": np.stack(accuracy), "num_pairs": np.array(num_pairs)}, folder / "held_out.safetensors")
+    scored = [(labels.scores_of(reward, responses), responses) for responses in held_out]
+    found = {
+        "pair_accuracy": np.stack([outcome.pair_accuracy(scores, part.gold) for scores, part in scored]),
+        "right_or_wrong": np.stack([outcome.pair_accuracy(scores, part.exact * 1.0) for scores, part in scored]),
+        "num_pairs": np.array(sum(outcome.num_pairs(part.gold) for part in data)),
+    }
+    save_file(found, folder / "held_out.safetensors")
 
 
 def process_reward_model(spec: specs.ProcessRewardModel, inputs: Inputs, folder: Path) -> None:

@@ -101,13 +101,13 @@ def _trained_on_labels(spec: Any, known: Mapping[Spec, Lengths]) -> Workload:
     rank, read = spec.lora_rank, "response" if getattr(spec, "readout", "sum") == "sum" else "last"
     whole = rank == 0
     network = _rung(spec.rung, rank=rank, trained=int(not whole), whole=whole)
-    outcome = isinstance(spec, specs.RewardModel)
+    pairs_alone = isinstance(spec, specs.RewardModel) and spec.loss == "pairs"
     share = ceil(spec.num_prompts / len(spec.data))
     updates, flops, batch = [], 0.0, 0.0
     for source in spec.data:
         lengths, samples = _chains(source, source.families, known), source.num_samples
-        compared = lengths.compared * share if outcome else share
-        distinct = max(1.0, lengths.distinct * samples) if outcome else samples
+        compared = lengths.compared * share if pairs_alone else share
+        distinct = max(1.0, lengths.distinct * samples) if isinstance(spec, specs.RewardModel) else samples
         rows = Rows(compared * distinct, lengths.prompt, lengths.response, distinct, read, lengths.longest)
         prompts = getattr(spec, "prompts_per_batch", None) or spec.responses_per_batch / samples
         learnt = in_batches(rows, lengths, prompts * distinct)

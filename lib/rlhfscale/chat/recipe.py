@@ -108,6 +108,10 @@ class CheckpointRecipe(RecipeBase):
             seed=seed,
         )
 
+    def start(self, rung: str, seed: int) -> chat_specs.Tuned:
+        """What the policies and reward models of every seed start from: a published model was pretrained once."""
+        return self.sft(rung)
+
     def reward_model(
         self,
         rung: str,

@@ -57,7 +57,7 @@ class Params(StudyFigure):
 
     def evaluations(self, stage: str, rung: str, seed: int) -> tuple[roles.Samples, roles.Samples]:
         """Sampled and greedy responses before (``sft``) or after (``ppo``) training."""
-        model = self.policy(rung, seed) if stage == "ppo" else self.settings.sft(rung)
+        model = self.policy(rung, seed) if stage == "ppo" else self.settings.start(rung, seed)
         return self.settings.evaluation(model, seed), self.settings.evaluation(model, seed, greedy=True)
 
     def specs(self) -> tuple[Spec, ...]:

@@ -80,7 +80,8 @@ class Params(OnePolicy):
         data = tuple(part.changed(num_prompts=share) for part in reward_model.data)
         reward_model = reward_model.changed(data=data, num_prompts=share * rungs)
         policy = recipe.policy(self.policy_rung, self.reward_model_rung, seed)
-        return policy.changed(reward_model=reward_model, num_updates=updates)
+        start = recipe.sft(self.policy_rung)  # the same base as that of the pretraining curve
+        return policy.changed(sft=start, reward_model=reward_model, num_updates=updates)
 
     def policies(self) -> tuple[specs.Policy, ...]:
         return tuple(self.policy(*cell) for cell in product(self.updates, self.seeds))

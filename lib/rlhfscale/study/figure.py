@@ -60,8 +60,8 @@ class OnePolicy(StudyFigure):
         return self
 
     def before(self, seed: int) -> roles.Samples:
-        """Sampled responses of the SFT model; the seed is that of the evaluation alone."""
-        return self.settings.evaluation(self.settings.sft(self.policy_rung), seed)
+        """Sampled responses of the SFT model that the policies of a seed start from."""
+        return self.settings.evaluation(self.settings.start(self.policy_rung, seed), seed)
 
     def evaluation(self, policy: roles.Policy) -> roles.Samples:
         """Sampled responses of a trained policy to the same prompts."""

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from rlhfscale.bed.tasks.base import ANSWER, STATE, STEP, Family, Grade, Problem, is_held_out
+from rlhfscale.bed.tasks.base import ANSWER, STATE, STEP, Family, Grade, Misconception, Problem, is_held_out
 from rlhfscale.bed.tasks.lists import Lists
 from rlhfscale.bed.tasks.registers import Registers
 
@@ -17,7 +17,9 @@ MAX_PROMPT_TOKENS = 11
 MAX_RESPONSE_TOKENS = 15
 """Longest right response: three states of four letters, two separators, end-of-sequence."""
 
-__all__ = ["FAMILIES", "Family", "Grade", "Problem", "grade", "is_held_out", "problems", "vocabulary"]
+__all__ = [
+    "FAMILIES", "Family", "Grade", "Misconception", "Problem", "grade", "is_held_out", "problems", "vocabulary"
+]  # fmt: skip
 
 
 def problems(seed: Sequence[int], split: str, families: Sequence[str] = tuple(FAMILIES)) -> Iterator[Problem]:

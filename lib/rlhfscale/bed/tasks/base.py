@@ -8,15 +8,19 @@ come free, and the last state is the answer.
     response  ``a d b ; d b a``                    (then the end-of-sequence token)
 
 Text is whitespace-separated tokens. Responses are untrusted: the verifier compares tokens and never evaluates them.
+
+Demonstrators are people of different minds: for each operation, a share of them has a `Misconception` and applies a
+wrong rule, always the same one. A model that imitates them all knows the right rule and the wrong one, and answers by
+either. RLHF does not have to teach it the right rule, only to make it choose that rule.
 """
 
 import hashlib
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, product
 
 import numpy as np
 
@@ -69,6 +73,21 @@ class Grade:
     steps: tuple[bool, ...]
 
 
+@dataclass(frozen=True)
+class Misconception:
+    """A wrong rule that some demonstrators follow wherever they meet an operation.
+
+    Attributes:
+        words: what they do instead, for readers.
+        share: share of the demonstrators who do.
+        rule: the state that they write, given the state before.
+    """
+
+    words: str
+    share: float
+    rule: Callable[[State], State]
+
+
 class Family(ABC):
     """A family of chains over its own alphabet. Subclasses define the operations and the start states.
 
@@ -76,11 +95,13 @@ class Family(ABC):
         name: first token of the family's prompts.
         alphabet: tokens that states are made of; a slip replaces a token by another one of these.
         operations: names of the operations, most frequent first; the k-th has weight ``1 / k`` (Zipf).
+        misconceptions: of each operation, the wrong rule of some demonstrators.
     """
 
     name: str
     alphabet: tuple[str, ...]
     operations: tuple[str, ...]
+    misconceptions: Mapping[str, Misconception]
 
     @abstractmethod
     def start(self, rng: np.random.Generator) -> State:
@@ -113,15 +134,63 @@ class Family(ABC):
         return Problem(self.name, operations, start, tuple(states))
 
     def demonstrate(self, problem: Problem, rng: np.random.Generator, slip: float) -> str:
-        """A demonstrator's response: each token is replaced by a random other symbol with probability ``slip``, and
-        the chain carries on from what was written, so an early slip spoils the answer but not the later steps."""
+        """The response of a demonstrator, drawn anew for each problem.
+
+        The chain carries on from what was written, so an early slip spoils the answer but not the later steps.
+
+        Args:
+            problem: what is answered.
+            rng: source of the demonstrator's mind and of the slips.
+            slip: probability that a token is replaced by another symbol of the alphabet.
+        """
+        mind = self._draw_mind(problem, rng)
         written, state = [], problem.start
         for operation in problem.operations:
-            state = self.apply(operation, state)
+            state = self.carry_out(operation, state, mind)
             if slip:
                 state = tuple(self._slip(token, rng) if rng.random() < slip else token for token in state)
             written.append(" ".join(state))
         return f" {STEP} ".join(written)
+
+    def carry_out(self, operation: str, state: State, mind: Set[str]) -> State:
+        """What a demonstrator writes after ``state``; ``mind`` holds the operations that they misunderstand."""
+        return self.misconceptions[operation].rule(state) if operation in mind else self.apply(operation, state)
+
+    def _draw_mind(self, problem: Problem, rng: np.random.Generator) -> frozenset[str]:
+        """The operations of the problem that a demonstrator misunderstands, each drawn independently by its share."""
+        return frozenset(
+            operation
+            for operation in dict.fromkeys(problem.operations)
+            if rng.random() < self.misconceptions[operation].share
+        )
+
+    def likelihood(self, problem: Problem, states: Sequence[State], slip: float) -> float:
+        """Probability of a demonstrated response with these states: the sum over all minds, exact.
+
+        Raises:
+            ValueError: the states are not one for each operation.
+        """
+        different = tuple(dict.fromkeys(problem.operations))
+        total = 0.0
+        for misunderstood in product((False, True), repeat=len(different)):
+            mind = {operation for operation, wrong in zip(different, misunderstood, strict=True) if wrong}
+            shares = [self.misconceptions[operation].share for operation in different]
+            chance = float(np.prod([s if wrong else 1 - s for s, wrong in zip(shares, misunderstood, strict=True)]))
+            before = problem.start
+            for operation, state in zip(problem.operations, states, strict=True):
+                chance *= self._writing(self.carry_out(operation, before, mind), state, slip)
+                if not chance:  # nobody writes this state, and it may be one that no operation takes
+                    break
+                before = state
+            total += chance
+        return total
+
+    def _writing(self, intended: State, written: State, slip: float) -> float:
+        """Probability of writing one state where another one is meant."""
+        if len(intended) != len(written):
+            return 0.0
+        slips = sum(a != b for a, b in zip(intended, written, strict=True))
+        return (1 - slip) ** (len(written) - slips) * (slip / (len(self.alphabet) - 1)) ** slips
 
     def grade(self, problem: Problem, response: str, finished: bool = True) -> Grade:
         """Verify a response (text without special tokens); ``finished``: whether it ended by end-of-sequence."""
