@@ -33,8 +33,7 @@ class Params(RecipeFigure):
     """One live run of PPO, on models that are small enough to be trained while a reader waits.
 
     The figure trains its own models: a rung is pretrained on few documents and fine-tuned on demonstrations of one task
-    family, a share of whose tokens is wrong. PPO then has much to gain in little time. All other settings are the
-    recipe's.
+    family. All other settings are the recipe's.
     """
 
     figure: ClassVar[str] = "00_walkthrough"
@@ -100,6 +99,15 @@ class Params(RecipeFigure):
 
     def specs(self) -> tuple[Spec, ...]:
         return self.sft, self.reward_model, self.before
+
+
+def misconceptions(count: int) -> pd.DataFrame:
+    """Return what some demonstrators do instead, for the most frequent operations of the live run's family."""
+    (name,) = Params.families
+    family = tasks.FAMILIES[name]
+    known = [(operation, family.misconceptions[operation]) for operation in family.operations[:count]]
+    rows = [[operation, each.words, f"{each.share:.0%}"] for operation, each in known]
+    return pd.DataFrame(rows, columns=["operation", "what some demonstrators do instead", "share who do"])
 
 
 def measure(P: Params, made: Folders, metrics: pd.DataFrame, after: Responses) -> Tables:
