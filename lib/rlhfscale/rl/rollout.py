@@ -67,6 +67,15 @@ class Rollouts:
         else:
             yield from (self[index] for index in split(self.lengths, max_tokens))
 
+    def learnt(self, mask_truncated: bool) -> torch.Tensor:
+        """The tokens that are learnt from, bool [batch, response]: all, or those of finished responses."""
+        return self.mask & self.finished[:, None] if mask_truncated else self.mask
+
+    def sequences(self, tokenizer: PreTrainedTokenizerBase) -> Sequences:
+        """The prompts joined with their responses, as rewards take them."""
+        arrays = (self.ids, self.prompt_lengths, self.lengths, self.finished)
+        return Sequences(*(array.cpu().numpy() for array in arrays), tokenizer)
+
     @property
     def sampler_gaps(self) -> torch.Tensor:
         """float32 [token]: the trainer's log-probability of each response token less the sampler's, in nats."""
@@ -90,16 +99,18 @@ class Evaluation:
     values: torch.Tensor | None
 
 
-def evaluate(networks, batch: Rollouts, role: str, temperature: float, *, entropy_gradient=False) -> Evaluation:
+def evaluate(
+    networks, batch: Rollouts, role: str, temperature: float, *, entropy_gradient: bool = False, fp32: bool = False
+) -> Evaluation:
     """Evaluate the response tokens under a role: log-probabilities, entropies, and values if the role carries them.
 
     Token t of a response is predicted at position ``prompt_length - 1 + t``; the heads run on these positions only.
-    Entropies have a gradient only with ``entropy_gradient``.
+    Entropies have a gradient only with ``entropy_gradient``; ``fp32`` is of the output head, see `token_logprobs`.
     """
     rows = parallel.own(len(batch)).to(batch.ids.device)
     states, tokens = _own_states(networks, batch, role, rows)
     read = with_entropy_gradient if entropy_gradient else token_logprobs
-    logprobs, entropy = read(states, networks.output_head(role), tokens, temperature)
+    logprobs, entropy = read(states, networks.output_head(role), tokens, temperature, fp32=fp32)
     values = networks.value_head(states) if networks.value_head and role == networks.critic_role else None
     return Evaluation(*(x if x is None else _of_batch(x, batch.mask, rows) for x in (logprobs, entropy, values)))
 
