@@ -1,8 +1,8 @@
 """What a run writes beside its checkpoints: metrics, tables of completions, and another library's logger."""
 
-import importlib
+import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,7 +12,7 @@ import pandas as pd
 
 from rlhfscale.models import parallel
 from rlhfscale.models.sequences import Sequences
-from rlhfscale.rewards.base import Reward, scored
+from rlhfscale.rewards.base import Reward, TextFunction, as_reward, scored
 from rlhfscale.rl.kl import sequence_kl
 from rlhfscale.rl.rollout import Rollouts
 
@@ -95,17 +95,50 @@ def check_logger(log_to: str | None, folder: Path | None) -> ModuleType | None:
         raise ImportError(f"log_to: {log_to} is not installed; pip install {log_to}") from error
 
 
-def check_completions(every: int, folder: Path | None) -> None:
-    """Raise where tables of completions cannot be written, before anything is computed."""
-    if every < 0:
-        raise ValueError(f"log_completions: {every} is below 0; give the number of updates from one table to the next")
-    if every and folder is None:
-        raise ValueError("log_completions: needs a folder to write to")
-    if every:
-        try:
-            importlib.import_module("pyarrow")
-        except ImportError as error:
-            raise ImportError("log_completions: tables are Parquet; pip install pyarrow") from error
+class Watched:
+    """What is looked at while a run trains.
+
+    Args:
+        rewards: by name; logged and not trained on.
+        held_out: prompts that are answered every ``eval_every`` updates and at the end, as token ids.
+        completions_every: updates from one table of completions to the next; 0 for none.
+        folder: where tables go.
+
+    Raises:
+        ValueError: numbers that make no sense, or tables without a folder.
+        ImportError: what writes Parquet is not installed.
+    """
+
+    def __init__(
+        self,
+        rewards: Mapping[str, Reward | TextFunction],
+        held_out: Sequence[Sequence[int]],
+        eval_every: int,
+        completions_every: int,
+        folder: Path | None,
+    ):
+        if eval_every < 1:
+            raise ValueError(f"eval_every: {eval_every} is not at least 1")
+        if completions_every < 0:
+            raise ValueError(
+                f"log_completions: {completions_every} is below 0; give updates from one table to the next"
+            )
+        if completions_every and folder is None:
+            raise ValueError("log_completions: needs a folder to write to")
+        if completions_every and importlib.util.find_spec("pyarrow") is None:
+            raise ImportError("log_completions: tables are Parquet; pip install pyarrow")
+        self.rewards = {name: as_reward(reward) for name, reward in rewards.items()}
+        self.held_out, self.eval_every, self.completions_every = held_out, eval_every, completions_every
+
+    def scores(self, sequences: Sequences) -> dict[str, np.ndarray]:
+        """The scores of each reward, float32 [sequence]."""
+        return {name: scored(reward, sequences) for name, reward in self.rewards.items()}
+
+    def writes(self, update: int) -> bool:
+        return bool(self.completions_every) and (update + 1) % self.completions_every == 0
+
+    def evaluates(self, update: int, last: bool) -> bool:
+        return bool(self.held_out) and (last or (update + 1) % self.eval_every == 0)
 
 
 def read_metrics(folder: Path, num_updates: int) -> list[dict[str, Any]]:
@@ -133,8 +166,3 @@ def completions_table(rollouts: Rollouts, sequences: Sequences, watched: Mapping
     columns = {"finished": rollouts.finished, "score": rollouts.scores, "advantage": advantage, "kl_nats": kl}
     numbers = {name: tensor.detach().cpu().numpy() for name, tensor in columns.items()}
     return pd.DataFrame({"prompt": sequences.prompts, "response": sequences.responses} | numbers | dict(watched))
-
-
-def watch(rewards: Mapping[str, Reward], sequences: Sequences, prefix: str = "") -> dict[str, np.ndarray]:
-    """The scores of rewards that are looked at and not trained on, float32 [sequence], by their name."""
-    return {f"{prefix}{name}": scored(reward, sequences) for name, reward in rewards.items()}

@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from rlhfscale.models import parallel
-from rlhfscale.rewards.base import Reward, TextFunction, as_reward
+from rlhfscale.rewards.base import Reward, TextFunction, as_reward, scored
 from rlhfscale.rl import learner, logs, rollout
 from rlhfscale.rl.config import Config
 from rlhfscale.rl.prompts import Shuffled
@@ -79,12 +79,11 @@ class OuterLoop:
             learner.CheckpointError: the folder holds a run of another model, config or seed, or of other prompts.
         """
         folder = Path(folder) if folder is not None else None
-        logs.check_logger(log_to, folder)
-        logs.check_completions(log_completions, folder)
         source, more = self._source(prompts)
-        watched = {name: as_reward(reward) for name, reward in (watch or {}).items()}
         held_out = rollout.encode(self.tokenizer, eval_prompts)
         self.check_prompts(held_out)
+        watched = logs.Watched(watch or {}, held_out, eval_every, log_completions, folder)
+        logs.check_logger(log_to, folder)
         records = self._resume(folder) if folder else []
         parallel.barrier()  # nobody writes before all have read
         recorder = logs.Recorder(folder, records, log_to, self.algorithm, self.config.model_dump(mode="json"))
@@ -93,9 +92,7 @@ class OuterLoop:
         for update in bar:
             last = update + 1 == num_updates
             metrics, completions = self.update(source(update), more)
-            metrics |= self._looked_at(update, watched, recorder, log_completions)
-            if held_out and ((update + 1) % eval_every == 0 or last):
-                metrics |= self.evaluate_on(held_out, watched)
+            metrics |= self._looked_at(update, watched, recorder, last)
             recorder.add({"update": update} | metrics | ((on_update and on_update(update, metrics, completions)) or {}))
             bar.set_postfix(proxy=f"{metrics['proxy']:.3f}", kl=f"{metrics['kl_nats']:.2f}")
             if folder and parallel.rank() == 0 and ((update + 1) % checkpoint_every == 0 or last):
@@ -105,26 +102,29 @@ class OuterLoop:
         recorder.close()
         return pd.DataFrame(recorder.records)
 
-    def _looked_at(
-        self, update: int, watched: Mapping[str, Reward], recorder: logs.Recorder, log_completions: int
-    ) -> dict[str, float]:
-        """The means of the rewards that are not trained on; and the table of this update's responses, if it is due."""
-        due = log_completions and (update + 1) % log_completions == 0
-        if not watched and not due:
-            return {}
-        sequences = self.rollouts.sequences(self.tokenizer)
-        found = logs.watch(watched, sequences)
-        if due:
-            recorder.write_completions(update, logs.completions_table(self.rollouts, sequences, found))
-        return {name: float(scores.mean()) for name, scores in found.items()}
+    def _looked_at(self, update: int, watched: logs.Watched, recorder: logs.Recorder, last: bool) -> dict[str, float]:
+        """The means of the rewards that are not trained on, and of the held-out set where it is due; writes the table of
+        this update's responses where it is."""
+        found: dict[str, float] = {}
+        due = watched.writes(update)
+        if watched.rewards or due:
+            sequences = self.rollouts.sequences(self.tokenizer)
+            scores = watched.scores(sequences)
+            found = {name: float(values.mean()) for name, values in scores.items()}
+            if due:
+                recorder.write_completions(update, logs.completions_table(self.rollouts, sequences, scores))
+        return found | (self.evaluate_on(watched.held_out, watched.rewards) if watched.evaluates(update, last) else {})
 
     @torch.no_grad()
-    def evaluate_on(self, prompts: Iterable[Prompt], watched: Mapping[str, Reward] | None = None) -> dict[str, float]:
+    def evaluate_on(
+        self, prompts: Iterable[Prompt], watched: Mapping[str, Reward | TextFunction] | None = None
+    ) -> dict[str, float]:
         """Answer held-out prompts once each, at the training temperature, and return the means of the rewards, of the
         responses' lengths and of their ends, with the prefix eval_."""
         encoded = rollout.encode(self.tokenizer, prompts)
         sequences, completions = self._sampled(encoded, (self.seed, 4, self.num_updates))
-        found = logs.watch({"proxy": self.reward} | dict(watched or {}), sequences)
+        rewards = {"proxy": self.reward} | {name: as_reward(reward) for name, reward in (watched or {}).items()}
+        found = {name: scored(reward, sequences) for name, reward in rewards.items()}
         found |= {"response_tokens": completions.lengths, "finished": completions.finished}
         return {f"eval_{name}": float(np.mean(values)) for name, values in found.items()}
 

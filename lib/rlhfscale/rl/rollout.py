@@ -1,7 +1,6 @@
 """Roll-outs: sampled responses with all that a trainer learns from, and their evaluation under the networks."""
 
-import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,9 +10,9 @@ from rlhfscale.models import packing, parallel
 from rlhfscale.models.sequences import Sequences
 from rlhfscale.rl.logprobs import response_tokens, token_logprobs, with_entropy_gradient
 from rlhfscale.samplers.base import Completions
+from rlhfscale.samplers.prompts import Prompt, encode, joined
 
-Prompt = str | Sequence[int] | Sequence[dict[str, str]]
-"""Text, token ids, or a conversation for the tokenizer's chat template."""
+__all__ = ["Evaluation", "Prompt", "Rollouts", "encode", "joined"]
 
 
 @dataclass(frozen=True)
@@ -186,37 +185,6 @@ def evaluate_before_training(
         return evaluate_all(read, rollouts, max_tokens), None
     now = read(batch)
     return evaluate_all(read, rollouts, max_tokens, (first, now)), now
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[Prompt]) -> list[list[int]]:
-    """Token ids of each prompt: a text is tokenised, a conversation goes through the chat template, ids stay.
-
-    Raises ValueError for a prompt with half of a surrogate pair, which no tokenizer takes (names the prompt).
-    """
-    encoded = []
-    for index, prompt in enumerate(prompts):
-        try:
-            encoded.append([int(token) for token in _ids(tokenizer, prompt)])
-        except UnicodeEncodeError as error:
-            raise ValueError(f"prompt {index} is no text: {error.reason} at character {error.start}") from None
-    return encoded
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> Sequence[int]:
-    if isinstance(prompt, str):
-        prompt.encode()  # tokenizers' own error does not say what is wrong
-        return tokenizer(prompt)["input_ids"]
-    if len(prompt) and isinstance(prompt[0], dict):
-        json.dumps(prompt, ensure_ascii=False, default=str).encode()
-        return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
-    return prompt
-
-
-def joined(prompts: Sequence[Sequence[int]], completions: Completions, tokenizer: PreTrainedTokenizerBase) -> Sequences:
-    """Each prompt joined with its sampled response."""
-    width = int(completions.lengths.max())
-    rows = [ids[:length] for ids, length in zip(completions.ids[:, :width], completions.lengths, strict=True)]
-    return Sequences.join(prompts, rows, completions.finished, tokenizer)
 
 
 def from_sequences(sequences: Sequences, completions: Completions, device: torch.device) -> Rollouts:
