@@ -62,11 +62,10 @@ class OuterLoop:
                 A run found there is continued, to the same numbers as if it had never stopped. The checkpoint before is
                 kept too, and used where the newest is damaged.
             watch: rewards by name that are logged (their mean) and not trained on, such as a gold reward.
-            eval_prompts: held-out prompts, each answered once after every ``eval_every`` updates and at the end; the
-                mean reward and those of ``watch`` are logged with the prefix eval_.
-            log_completions: write a table of an update's responses (see `logs.completions_table`) every so many
-                updates to completions/ in the folder; 0 writes none.
-            log_to: "tensorboard", "trackio" or "wandb": also give the metrics to that library's logger.
+            eval_prompts: held-out prompts, answered every ``eval_every`` updates and at the end, see `evaluate_on`.
+            log_completions: every so many updates, write a table of the responses (see `logs.completions_table`) to
+                completions/ in the folder; 0 writes none.
+            log_to: "tensorboard", "trackio" or "wandb": give the metrics to that library's logger, too.
             progress: show a progress bar.
             on_update: called after each update with its index, metrics and responses; what it returns is logged too.
 
@@ -74,8 +73,7 @@ class OuterLoop:
             one row of metrics for each update (see `rl.metrics`).
 
         Raises:
-            ValueError: prompts that `collect` would refuse, or options that cannot be followed.
-            ImportError: a logger, or what writes Parquet, is not installed.
+            ValueError, ImportError: prompts that `collect` would refuse, or options that cannot be followed.
             learner.CheckpointError: the folder holds a run of another model, config or seed, or of other prompts.
         """
         folder = Path(folder) if folder is not None else None
@@ -87,8 +85,12 @@ class OuterLoop:
         records = self._resume(folder) if folder else []
         parallel.barrier()  # nobody writes before all have read
         recorder = logs.Recorder(folder, records, log_to, self.algorithm, self.config.model_dump(mode="json"))
-        left = range(self.num_updates, num_updates)
-        bar = tqdm(left, disable=not progress or parallel.rank() > 0, desc=self.algorithm, unit="update")
+        bar = tqdm(
+            range(self.num_updates, num_updates),
+            disable=not progress or parallel.rank() > 0,
+            desc=self.algorithm,
+            unit="update",
+        )
         for update in bar:
             last = update + 1 == num_updates
             metrics, completions = self.update(source(update), more)
@@ -103,8 +105,8 @@ class OuterLoop:
         return pd.DataFrame(recorder.records)
 
     def _looked_at(self, update: int, watched: logs.Watched, recorder: logs.Recorder, last: bool) -> dict[str, float]:
-        """The means of the rewards that are not trained on, and of the held-out set where it is due; writes the table of
-        this update's responses where it is."""
+        """The means of the rewards that are not trained on, and the held-out set's where it is due; writes the table of
+        the responses where that is."""
         found: dict[str, float] = {}
         due = watched.writes(update)
         if watched.rewards or due:
