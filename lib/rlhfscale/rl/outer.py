@@ -63,8 +63,7 @@ class OuterLoop:
                 kept too, and used where the newest is damaged.
             watch: rewards by name that are logged (their mean) and not trained on, such as a gold reward.
             eval_prompts: held-out prompts, answered every ``eval_every`` updates and at the end, see `evaluate_on`.
-            log_completions: every so many updates, write a table of the responses (see `logs.completions_table`) to
-                completions/ in the folder; 0 writes none.
+            log_completions: every so many updates, write `logs.completions_table` to completions/ in the folder.
             log_to: "tensorboard", "trackio" or "wandb": give the metrics to that library's logger, too.
             progress: show a progress bar.
             on_update: called after each update with its index, metrics and responses; what it returns is logged too.
@@ -85,12 +84,8 @@ class OuterLoop:
         records = self._resume(folder) if folder else []
         parallel.barrier()  # nobody writes before all have read
         recorder = logs.Recorder(folder, records, log_to, self.algorithm, self.config.model_dump(mode="json"))
-        bar = tqdm(
-            range(self.num_updates, num_updates),
-            disable=not progress or parallel.rank() > 0,
-            desc=self.algorithm,
-            unit="update",
-        )
+        left, hidden = range(self.num_updates, num_updates), not progress or parallel.rank() > 0
+        bar = tqdm(left, disable=hidden, desc=self.algorithm, unit="update")
         for update in bar:
             last = update + 1 == num_updates
             metrics, completions = self.update(source(update), more)
