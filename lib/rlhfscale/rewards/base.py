@@ -16,8 +16,9 @@ from torch import nn
 
 from rlhfscale.models.sequences import Sequences
 
-TextFunction = Callable[[list[str], list[str]], Sequence[float]]
-"""``fn(prompts, responses)``: one number for each prompt and its response, as texts without special tokens."""
+TextFunction = Callable[[list[Any], list[str]], Sequence[float]]
+"""``fn(prompts, responses)``: one number for each prompt and its response, as texts without special tokens. A prompt
+that was given as a conversation is its messages."""
 
 COMBINE = ("mean", "worst", "uncertainty", "deviation")
 
@@ -42,7 +43,7 @@ class TextReward:
 
     def score(self, sequences: Sequences) -> np.ndarray:
         """The function's scores, float32 [sequence]. Raises ValueError unless each sequence has one finite score."""
-        scores = self.function(sequences.prompts, sequences.responses)
+        scores = self.function(sequences.asked, sequences.responses)
         return checked(run_async(scores) if inspect.isawaitable(scores) else scores, len(sequences))
 
 

@@ -13,8 +13,8 @@ import numpy as np
 from rlhfscale.models.sequences import Sequences
 from rlhfscale.rewards.base import checked, run_async
 
-SingleFunction = Callable[[str, str], float | Awaitable[float]]
-"""``fn(prompt, response)``: the reward of one response, as texts without special tokens; plain or async."""
+SingleFunction = Callable[[Any, str], float | Awaitable[float]]
+"""``fn(prompt, response)``: the reward of one response, plain or async; prompt and response as in `TextFunction`."""
 
 
 class RewardFailed(RuntimeError):
@@ -43,7 +43,7 @@ class Pooled:
 
     def score(self, sequences: Sequences) -> np.ndarray:
         """The scores, float32 [sequence]. Raises RewardFailed, which names the first response that failed."""
-        pairs = list(zip(sequences.prompts, sequences.responses, strict=True))
+        pairs = list(zip(sequences.asked, sequences.responses, strict=True))
         call = self._in_a_loop if inspect.iscoroutinefunction(self.function) else self._in_threads
         return checked(call(pairs), len(pairs))
 

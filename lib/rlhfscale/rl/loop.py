@@ -10,9 +10,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhfscale.models import loading
 from rlhfscale.models.loading import POLICY
-from rlhfscale.models.sequences import Sequences
+from rlhfscale.models.sequences import Conversation, Encoded, Sequences
 from rlhfscale.rewards.base import Reward, TextFunction, as_reward, checked
-from rlhfscale.rewards.shared import attach
+from rlhfscale.rewards.shared import attach, check_conversations
 from rlhfscale.rl import dynamic, learner, networks, rollout
 from rlhfscale.rl.config import Config
 from rlhfscale.rl.kl import adapted
@@ -67,6 +67,7 @@ class Trainer(OuterLoop):
         self.tokenizer, self.reward, self.sampler = tokenizer, as_reward(reward), sampler
         self.seed, self.num_updates, self.num_replacements = seed, 0, 0
         self.rollouts: Rollouts | None = None  # of the last update
+        self.talks: dict[tuple[int, ...], Conversation] = {}  # of its prompts, by their ids
         self.prompts_hash: str | None = None  # of the prompts of `train`; a function's are not known beforehand
         targets = config.lora_targets if isinstance(config.lora_targets, str) else list(config.lora_targets)
         self.networks = networks.build(
@@ -122,6 +123,7 @@ class Trainer(OuterLoop):
         config, prompts = self.config, list(prompts)
         if len(prompts) != config.prompts_per_update:
             raise ValueError(f"prompts: {len(prompts)} given, prompts_per_update is {config.prompts_per_update}")
+        self.talks = {}
         (rollouts, completions), replaced = self.collect(prompts), {}
         if rounds := getattr(config, "dynamic_sampling", 0):
             options = {"group_size": config.responses_per_prompt, "rounds": rounds}
@@ -166,6 +168,7 @@ class Trainer(OuterLoop):
         """
         config = self.config
         encoded = rollout.encode(self.tokenizer, prompts)
+        self.talks |= {tuple(ids): ids.messages for ids in encoded if isinstance(ids, Encoded)}
         stream = (self.seed, 1, self.num_updates, draw) if draw else (self.seed, 1, self.num_updates)
         sequences, completions = self._sampled(
             repeated(encoded, config.responses_per_prompt, config.temperature), stream
@@ -207,6 +210,7 @@ class Trainer(OuterLoop):
                 )
             if not 0 <= min(prompt) <= max(prompt) < rows:
                 raise ValueError(f"prompt {index} holds ids beyond the model's embedding of {rows} tokens")
+        check_conversations(self.reward, [ids.messages for ids in prompts if isinstance(ids, Encoded)])
 
     def check_sampler(self, rollouts: Rollouts) -> None:
         """Raise SamplerGap where the sampler drew from another policy than the trainer evaluated (see `Config`)."""

@@ -10,6 +10,7 @@ import torch
 from tqdm import tqdm
 
 from rlhfscale.models import parallel
+from rlhfscale.models.sequences import Conversation
 from rlhfscale.rewards.base import Reward, TextFunction, as_reward, scored
 from rlhfscale.rl import learner, logs, rollout
 from rlhfscale.rl.config import Config
@@ -37,6 +38,7 @@ class OuterLoop:
     num_replacements: int
     kl_coefficient: float
     rollouts: Rollouts | None
+    talks: dict[tuple[int, ...], Conversation]
     prompts_hash: str | None
 
     def train(
@@ -105,7 +107,7 @@ class OuterLoop:
         found: dict[str, float] = {}
         due = watched.writes(update)
         if watched.rewards or due:
-            sequences = self.rollouts.sequences(self.tokenizer)
+            sequences = self.rollouts.sequences(self.tokenizer, self.talks)
             scores = watched.scores(sequences)
             found = {name: float(values.mean()) for name, values in scores.items()}
             if due:

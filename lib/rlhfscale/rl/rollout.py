@@ -1,13 +1,13 @@
 """Roll-outs: sampled responses with all that a trainer learns from, and their evaluation under the networks."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from rlhfscale.models import packing, parallel
-from rlhfscale.models.sequences import Sequences
+from rlhfscale.models.sequences import Conversation, Sequences
 from rlhfscale.rl.logprobs import response_tokens, token_logprobs, with_entropy_gradient
 from rlhfscale.samplers.base import Completions
 from rlhfscale.samplers.prompts import Prompt, encode, joined
@@ -70,10 +70,18 @@ class Rollouts:
         """The tokens that are learnt from, bool [batch, response]: all, or those of finished responses."""
         return self.mask & self.finished[:, None] if mask_truncated else self.mask
 
-    def sequences(self, tokenizer: PreTrainedTokenizerBase) -> Sequences:
-        """The prompts joined with their responses, as rewards take them."""
+    def sequences(
+        self, tokenizer: PreTrainedTokenizerBase, talks: Mapping[tuple[int, ...], Conversation] | None = None
+    ) -> Sequences:
+        """The prompts joined with their responses, as rewards take them; ``talks`` has the conversations that prompts
+        were made from, by their ids."""
         arrays = (self.ids, self.prompt_lengths, self.lengths, self.finished)
-        return Sequences(*(array.cpu().numpy() for array in arrays), tokenizer)
+        ids, starts, lengths, finished = (array.cpu().numpy() for array in arrays)
+        found = None
+        if talks:
+            rows = zip(ids.tolist(), starts.tolist(), strict=True)
+            found = tuple(talks.get(tuple(row[:start])) for row, start in rows)
+        return Sequences(ids, starts, lengths, finished, tokenizer, found)
 
     @property
     def sampler_gaps(self) -> torch.Tensor:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from rlhfscale.models.sequences import Sequences
+from rlhfscale.models.sequences import Conversation, Encoded, Sequences
 from rlhfscale.samplers.base import Completions
 
 Prompt = str | Sequence[int] | Sequence[dict[str, str]]
@@ -13,17 +13,26 @@ Prompt = str | Sequence[int] | Sequence[dict[str, str]]
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[Prompt]) -> list[list[int]]:
-    """Token ids of each prompt: a text is tokenised, a conversation goes through the chat template, ids stay.
+    """Token ids of each prompt: a text is tokenised, a conversation goes through the chat template and stays beside its
+    ids, ids stay.
 
     Raises ValueError for a prompt with half of a surrogate pair, which no tokenizer takes (names the prompt).
     """
     encoded = []
     for index, prompt in enumerate(prompts):
         try:
-            encoded.append([int(token) for token in _ids(tokenizer, prompt)])
+            ids = [int(token) for token in _ids(tokenizer, prompt)]
+            encoded.append(Encoded(ids, messages) if (messages := _messages(prompt)) else ids)
         except UnicodeEncodeError as error:
             raise ValueError(f"prompt {index} is no text: {error.reason} at character {error.start}") from None
     return encoded
+
+
+def _messages(prompt: Prompt) -> Conversation | None:
+    """The messages of a conversation, also of one that is encoded already."""
+    if isinstance(prompt, Encoded):
+        return prompt.messages
+    return prompt if not isinstance(prompt, str) and len(prompt) and isinstance(prompt[0], dict) else None
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> Sequence[int]:
