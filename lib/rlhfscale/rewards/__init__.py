@@ -10,6 +10,8 @@ The files:
 
     base.py      what a reward is; mixtures, ensembles, normalisation and shrinking of rewards
     pooled.py    rewards that take time: calls of single responses, several at once, with a time limit
+    conversations.py  a conversation in a reward model's own tokens
+    formats.py   labelled data in TRL's formats, from datasets, JSONL or Parquet
     labelled.py  responses with labels: comparisons, correctness, right or wrong steps
     scorer.py    reading, saving and loading a model with a score head
     losses.py    the losses, from scores and labels
