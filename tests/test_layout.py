@@ -136,12 +136,13 @@ def test_files_and_functions_are_short(path):
 def test_the_library_does_not_grow():
     """Lines of the trainers' core and of the whole library, as CONTRIBUTING.md prints them; goals: 6,500 and 20,000.
 
-    Lower these bounds when lines go, and raise them only with a reason. The last one: demonstrators of different minds,
-    their exact likelihood, the rules that models follow, and the conditions of the bed with their pictures.
+    Lower these bounds when lines go, and raise them only with a reason. The last ones: demonstrators of different minds
+    and the conditions of the bed; the options of the losses, dynamic sampling, loggers and tables of completions,
+    rewards with time limits, and sampling from what was trained.
     """
     sizes = dict.fromkeys(BELOW, 0)
     for name, path in files().items():
         if room(name):
             sizes[room(name)] += len(path.read_text().splitlines())
-    assert sum(sizes[name] for name in ("rl", "rewards", "samplers", "models")) <= 6725
-    assert sum(sizes.values()) <= 26550
+    assert sum(sizes[name] for name in ("rl", "rewards", "samplers", "models")) <= 7500
+    assert sum(sizes.values()) <= 27600

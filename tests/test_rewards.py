@@ -32,7 +32,7 @@ from rlhfscale.bed.responses import Responses
 from rlhfscale.models import lm, loading
 from rlhfscale.models.documents import pad
 from rlhfscale.models.sequences import Sequences
-from rlhfscale.rewards import Labelled, Normalised, OutcomeRewardModel, labelled, losses, outcome, scorer
+from rlhfscale.rewards import Labelled, Normalised, OutcomeRewardModel, conversations, labelled, losses, outcome, scorer
 from tiny_rewards import LLAMA_LIKE, SMALL, byte_scorer, byte_tokenizer, padded, random_head, used_weights
 
 TOKENIZER = rungs.build_tokenizer()
@@ -437,9 +437,9 @@ def test_equal_tokenizers_pass_the_ids_through(base, monkeypatch):
 def test_which_tokenizers_are_equal():
     swapped = rungs.build_tokenizer()
     swapped.eos_token = "="
-    assert scorer.same_tokens(TOKENIZER, rungs.build_tokenizer())
-    assert not scorer.same_tokens(TOKENIZER, swapped)
-    assert not scorer.same_tokens(TOKENIZER, byte_tokenizer())
+    assert conversations.same_tokens(TOKENIZER, rungs.build_tokenizer())
+    assert not conversations.same_tokens(TOKENIZER, swapped)
+    assert not conversations.same_tokens(TOKENIZER, byte_tokenizer())
 
 
 def test_texts_that_cannot_be_encoded_are_named():

@@ -118,6 +118,59 @@ def test_grpo_equals_trl(weights, loss_type, scale, tmp_path):
         assert record["clip_fraction"] == pytest.approx(logged["clip_ratio/region_mean"][0], rel=1e-4)
 
 
+OPTIONS = {
+    "clip-higher": ({"clip_high": 0.3}, {"epsilon_high": 0.3}),
+    "two-sided": ({"max_ratio": 1.5}, {"delta": 1.5}),
+    "GSPO": ({"ratio": "sequence"}, {"importance_sampling_level": "sequence"}),
+    "CISPO": ({"surrogate": "cispo", "clip_high": 0.2}, {"loss_type": "cispo", "epsilon_high": 1.2}),
+    "Lite PPO": ({"scale_advantages": "batch"}, {"scale_rewards": "batch"}),
+    "weighted KL": ({"kl_weighted": True}, {"use_bias_correction_kl": True}),
+    "weighted KL of sequences": ({"kl_weighted": True, "ratio": "sequence"},
+                                 {"use_bias_correction_kl": True, "importance_sampling_level": "sequence"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_of_grpo_equal_trl(name, tmp_path):
+    here, there = OPTIONS[name]
+    compare(ours(GRPO, **here), "GRPO", tmp_path, **{"loss_type": "bnpo", "use_bias_correction_kl": False} | there)
+
+
+@pytest.mark.parametrize("mode", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
+def test_the_correction_for_another_sampler_equals_trl(mode, tmp_path):
+    """TRL's own code needs vLLM to get there; its loss takes the weights that it would have computed."""
+    level, kind = mode.split("_")
+    correction = {"sampler_correction": kind, "sampler_correction_level": level, "sampler_max_ratio": 1.2}
+    run = ours(GRPO, **correction)
+    sample = run.sampler
+
+    def other(*given, **options):
+        found = sample(*given, **options)
+        found.logprobs[:, ::2] -= 0.3
+        found.logprobs[:, 1::2] += 0.2
+        return found
+
+    run.sampler = other
+    rollouts, completions = rollouts_of(run)
+    run.sampler = sample
+    trainer, inputs = theirs(run, "GRPO", completions, tmp_path, loss_type="bnpo", use_bias_correction_kl=False)
+    gaps = (rollouts.logprobs - rollouts.sampler_logprobs) * rollouts.mask
+    ratio = torch.exp(gaps.sum(-1, keepdim=True) if level == "sequence" else gaps)
+    inputs["importance_sampling_ratio"] = (
+        torch.clamp(ratio, max=1.2) if kind == "truncate" else ratio.masked_fill(ratio > 1.2, value=0.0)
+    )
+    inputs["old_per_token_logps"] = rollouts.logprobs
+    trainer.use_vllm = trainer.vllm_importance_sampling_correction = True
+    tiny_rl.randomise(run.networks, seed=1, std=0.11)
+    copy_adapter(run, trainer.model)
+    record, grads = tiny_rl.step_gradients(run, rollouts)
+    trainer.model.zero_grad()
+    loss = trainer.compute_loss(trainer.model, inputs)
+    loss.backward()
+    assert record["policy_loss"] == pytest.approx(loss.item(), rel=1e-4, abs=1e-6)
+    assert tiny_rl.relative(grads, gradients(trainer)) < 1e-4
+
+
 def test_rloo_equals_trl(tmp_path):
     trainer, record = compare(ours(RLOO), "RLOO", tmp_path)
     logged = trainer._metrics["train"]

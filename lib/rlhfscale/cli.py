@@ -1,4 +1,4 @@
-"""The command line: ``rlhfscale run | plan | status | claims | bench | evaluate``.
+"""The command line: ``rlhfscale run | plan | status | claims | bench | evaluate | sample | merge``.
 
 Exit codes: 0 ok, 1 something failed, 2 bad input, 130 interrupted. Nothing here imports torch until it is needed."""
 
@@ -283,6 +283,53 @@ def _evaluate(options: dict[str, Any], folder: Path, console: Console) -> None:
         command.run(command.Options(**options), folder, console)
     except command.CannotEvaluate as error:
         raise ParamsError(str(error)) from None
+
+
+@app.command()
+def sample(
+    policy: Annotated[str, typer.Option(help="Model or adapter folder, or smollm2.")],
+    prompts: Annotated[Path, typer.Option(help="JSONL: on each line an object with prompt or messages.")],
+    out: Annotated[Path, typer.Option(help="Where the rows go: .jsonl or .parquet.")],
+    n: Annotated[int, typer.Option("--n", min=1, help="Responses to each prompt.")] = 1,
+    reward: Annotated[Path | None, typer.Option(help="Reward model that scores them.")] = None,
+    best_of: Annotated[bool, typer.Option("--best-of", help="Keep the response with the highest score alone.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of each response.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the responses.")] = 0,
+    dtype: Annotated[str, typer.Option(help="bf16 or fp32.")] = "bf16",
+) -> None:
+    """Answer a file of prompts, score the responses, and keep all or the best.
+
+    Example: `rlhfscale sample --policy runs/ppo --prompts mine.jsonl --n 16 --reward runs/rm --best-of --out o.jsonl`
+
+    Interrupt it at any time: running it again goes on where it stopped.
+    """
+    options = locals()
+    with _errors():
+        from rlhfscale.evals import sampling  # it imports torch
+
+        try:
+            rows = sampling.run(sampling.Options(**options))
+        except ValueError as error:
+            raise ParamsError(str(error)) from None
+        typer.echo(f"{rows} rows: {out}")
+
+
+@app.command()
+def merge(
+    policy: Annotated[str, typer.Option(help="Adapter folder; its base is where it was when the adapter was saved.")],
+    out: Annotated[Path, typer.Option(help="New folder for the merged model.")],
+    dtype: Annotated[str, typer.Option(help="bf16 or fp32.")] = "bf16",
+) -> None:
+    """Fold an adapter into its base: a folder that transformers and vLLM load like any model."""
+    with _errors():
+        from rlhfscale.evals import sampling  # it imports torch
+
+        try:
+            revision = sampling.merge(policy, out, dtype)
+        except ValueError as error:
+            raise ParamsError(str(error)) from None
+        typer.echo(f"{out}: revision {revision}")
 
 
 def _load(tier: str, wanted: list[str] | None, results: Path) -> list[runner.Figure]:

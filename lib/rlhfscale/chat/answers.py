@@ -14,8 +14,8 @@ from rlhfscale.chat import reasoning
 from rlhfscale.chat.reasoning import Question
 from rlhfscale.models.sequences import Sequences
 from rlhfscale.rewards.base import Reward
+from rlhfscale.rewards.conversations import same_tokens
 from rlhfscale.rewards.labelled import Labelled
-from rlhfscale.rewards.scorer import same_tokens
 from rlhfscale.samplers.base import Completions
 
 QUESTIONS, RESPONSES = "questions.json", "responses.safetensors"

@@ -1,10 +1,21 @@
 """Prompts joined with their responses: what reward models, verifiers and trainers hand to each other."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
+
+Conversation = Sequence[dict[str, str]]
+"""Messages, each with a role and its content."""
+
+
+class Encoded(list[int]):
+    """Token ids of a prompt that was a conversation, with its messages."""
+
+    def __init__(self, ids: Iterable[int], messages: Conversation):
+        super().__init__(ids)
+        self.messages = messages
 
 
 @dataclass(frozen=True)
@@ -17,6 +28,8 @@ class Sequences:
         lengths: int64 [sequence], tokens of prompt and response, end-of-sequence included.
         finished: bool [sequence], whether the response ended by end-of-sequence.
         tokenizer: the ids' tokenizer; needed where text is asked for. A model with another tokenizer gets the text.
+        conversations: the messages that each prompt was made from, None for one that was no conversation; None where
+            there is no conversation at all.
     """
 
     ids: np.ndarray
@@ -24,6 +37,7 @@ class Sequences:
     lengths: np.ndarray
     finished: np.ndarray
     tokenizer: PreTrainedTokenizerBase | None = None
+    conversations: tuple[Conversation | None, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -32,9 +46,11 @@ class Sequences:
         """The sequences at ``index``, without columns that only hold padding."""
         lengths = self.lengths[index]
         width = int(lengths.max()) if len(lengths) else 0
-        return Sequences(
-            self.ids[index, :width], self.prompt_lengths[index], lengths, self.finished[index], self.tokenizer
-        )
+        talks = self.conversations
+        if talks is not None:
+            talks = tuple(talks[row] for row in np.arange(len(self))[index].tolist())
+        arrays = self.ids[index, :width], self.prompt_lengths[index], lengths, self.finished[index]
+        return Sequences(*arrays, self.tokenizer, talks)
 
     @classmethod
     def join(
@@ -45,7 +61,7 @@ class Sequences:
         tokenizer: PreTrainedTokenizerBase | None = None,
         pad_id: int = 0,
     ) -> "Sequences":
-        """From the token ids of each prompt and each response.
+        """From the token ids of each prompt and each response; `Encoded` prompts keep their conversation.
 
         Raises:
             ValueError: an empty prompt or an empty response (names its index).
@@ -59,7 +75,15 @@ class Sequences:
         ids = np.full((len(prompts), int(lengths.max())), pad_id, np.int64)
         for row, prompt, response in zip(ids, prompts, responses, strict=True):
             row[: len(prompt) + len(response)] = [*prompt, *response]
-        return cls(ids, prompt_lengths, lengths, np.asarray(finished, bool), tokenizer)
+        talks = tuple(getattr(prompt, "messages", None) for prompt in prompts)
+        some = talks if any(messages is not None for messages in talks) else None
+        return cls(ids, prompt_lengths, lengths, np.asarray(finished, bool), tokenizer, some)
+
+    @property
+    def asked(self) -> list[str | Conversation]:
+        """Each prompt as it was given: its messages where it was a conversation, else its text."""
+        talks = self.conversations or (None,) * len(self)
+        return [text if messages is None else messages for text, messages in zip(self.prompts, talks, strict=True)]
 
     @property
     def prompts(self) -> list[str]:

@@ -9,6 +9,9 @@
 The files:
 
     base.py      what a reward is; mixtures, ensembles, normalisation and shrinking of rewards
+    pooled.py    rewards that take time: calls of single responses, several at once, with a time limit
+    conversations.py  a conversation in a reward model's own tokens
+    formats.py   labelled data in TRL's formats, from datasets, JSONL or Parquet
     labelled.py  responses with labels: comparisons, correctness, right or wrong steps
     scorer.py    reading, saving and loading a model with a score head
     losses.py    the losses, from scores and labels
@@ -23,6 +26,7 @@ The files:
 from rlhfscale.rewards.base import Ensemble, Mixed, Normalised, Reward, Shrunk, TextReward, as_reward, checked
 from rlhfscale.rewards.labelled import Labelled, StepLabelled
 from rlhfscale.rewards.outcome import OutcomeRewardModel
+from rlhfscale.rewards.pooled import Pooled, RewardFailed
 from rlhfscale.rewards.process import ProcessRewardModel
 from rlhfscale.rewards.shared import SharedReward
 
@@ -32,8 +36,10 @@ __all__ = [
     "Mixed",
     "Normalised",
     "OutcomeRewardModel",
+    "Pooled",
     "ProcessRewardModel",
     "Reward",
+    "RewardFailed",
     "SharedReward",
     "Shrunk",
     "StepLabelled",

@@ -4,17 +4,21 @@ A reward is any object with ``score(sequences) -> float32 [sequence]``: a reward
 them. `as_reward` turns a plain function of texts into one. Trainers and samplers need no other method.
 """
 
+import asyncio
+import inspect
 import math
-from collections.abc import Callable, Sequence
-from typing import Protocol
+import threading
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 from torch import nn
 
 from rlhfscale.models.sequences import Sequences
 
-TextFunction = Callable[[list[str], list[str]], Sequence[float]]
-"""``fn(prompts, responses)``: one number for each prompt and its response, as texts without special tokens."""
+TextFunction = Callable[[list[Any], list[str]], Sequence[float]]
+"""``fn(prompts, responses)``: one number for each prompt and its response, as texts without special tokens. A prompt
+that was given as a conversation is its messages."""
 
 COMBINE = ("mean", "worst", "uncertainty", "deviation")
 
@@ -31,7 +35,7 @@ class TextReward:
     """A reward from a function of texts. It needs sequences that carry their tokenizer.
 
     Args:
-        function: called with the texts of prompts and responses.
+        function: called with the texts of prompts and responses; it may be async.
     """
 
     def __init__(self, function: TextFunction):
@@ -39,7 +43,8 @@ class TextReward:
 
     def score(self, sequences: Sequences) -> np.ndarray:
         """The function's scores, float32 [sequence]. Raises ValueError unless each sequence has one finite score."""
-        return checked(self.function(sequences.prompts, sequences.responses), len(sequences))
+        scores = self.function(sequences.asked, sequences.responses)
+        return checked(run_async(scores) if inspect.isawaitable(scores) else scores, len(sequences))
 
 
 def as_reward(reward: Reward | TextFunction) -> Reward:
@@ -61,6 +66,24 @@ def as_reward(reward: Reward | TextFunction) -> Reward:
     raise TypeError(
         f"reward: {type(reward).__name__} has no method score(sequences) and is no function fn(prompts, responses)"
     )
+
+
+def run_async(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """The result of a coroutine, in a thread of its own: a notebook's kernel already runs a loop in this one."""
+    found: dict[str, Any] = {}
+
+    def run() -> None:
+        try:
+            found["result"] = asyncio.run(coroutine)
+        except BaseException as error:
+            found["error"] = error
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join()
+    if "error" in found:
+        raise found["error"]
+    return found["result"]
 
 
 def checked(scores: Sequence[float] | np.ndarray, count: int) -> np.ndarray:

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from rlhfscale.models import llama, lm, loading, packing, parallel, sharding
 from rlhfscale.models.sequences import Sequences
 from rlhfscale.rewards.base import Normalised, moments
-from rlhfscale.rewards.labelled import encode, nonempty
+from rlhfscale.rewards.conversations import OwnTokens
 
 TOKENS_PER_MICRO_BATCH = 16384
 Batch = TypeVar("Batch")
@@ -254,6 +254,7 @@ class Scorer:
     Attributes:
         model: frozen in place, its score head in float32.
         tokenizer: of the model; None takes any sequence's ids for its own.
+        own: turns sequences into those of this tokenizer, see `conversations.OwnTokens`.
         mean, std: of the scores over reference responses, see `calibrate` and `normalised`.
     """
 
@@ -273,7 +274,7 @@ class Scorer:
         self.model, self.tokenizer = _ready(model).eval().requires_grad_(False), tokenizer
         self.mean, self.std = moments(mean, std)
         self.tokens_per_micro_batch = tokens_per_micro_batch
-        self._compared: tuple[PreTrainedTokenizerBase | None, bool] = (None, True)
+        self.own = OwnTokens(tokenizer)
 
     def score(self, sequences: Sequences) -> np.ndarray:
         raise NotImplementedError
@@ -288,26 +289,6 @@ class Scorer:
     def normalised(self) -> Normalised:
         """This reward with mean 0 and standard deviation 1 over the responses it was calibrated on."""
         return Normalised(self, self.mean, self.std)
-
-    def own(self, sequences: Sequences) -> Sequences:
-        """The sequences in this model's tokens.
-
-        Ids go straight through where either side has no tokenizer, or both tokenizers have the same vocabulary and the
-        same begin and end of sequence (padding is never looked at). Otherwise the texts are encoded again, see
-        `labelled.encode`; special tokens of the other tokenizer are lost.
-
-        Raises:
-            ValueError: an empty response (names its index).
-        """
-        nonempty(sequences)
-        if self.tokenizer is None or sequences.tokenizer is None or self._same(sequences.tokenizer):
-            return sequences
-        return encode(self.tokenizer, sequences.prompts, sequences.responses, sequences.finished)
-
-    def _same(self, tokenizer: PreTrainedTokenizerBase) -> bool:
-        if self._compared[0] is not tokenizer:
-            self._compared = (tokenizer, same_tokens(self.tokenizer, tokenizer))
-        return self._compared[1]
 
     def save(self, folder: str | Path, *, merge: bool = False) -> None:
         """Write a plain sequence-classification folder, or a plain PEFT folder if the model has adapters, with the
@@ -356,12 +337,6 @@ def saved(folder: Path) -> tuple[dict[str, Any], PreTrainedTokenizerBase | None]
     about = json.loads((folder / "reward.json").read_text()) if (folder / "reward.json").exists() else {}
     has_tokenizer = (folder / "tokenizer_config.json").exists()
     return about, AutoTokenizer.from_pretrained(folder, local_files_only=True) if has_tokenizer else None
-
-
-def same_tokens(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> bool:
-    """Whether an id means the same to both: same vocabulary, same begin and end of sequence."""
-    special = (a.bos_token_id, a.eos_token_id) == (b.bos_token_id, b.eos_token_id)
-    return a is b or (special and a.get_vocab() == b.get_vocab())
 
 
 def _save_adapter(model: PeftModel, folder: Path) -> None:

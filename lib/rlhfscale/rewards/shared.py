@@ -1,7 +1,7 @@
 """A reward model as one more adapter on the base that policy, reference and critic share."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from rlhfscale.models.loading import REWARD
-from rlhfscale.models.sequences import Sequences
+from rlhfscale.models.sequences import Conversation, Sequences
 from rlhfscale.rewards import scorer
 from rlhfscale.rewards.base import moments
-from rlhfscale.rewards.labelled import nonempty
+from rlhfscale.rewards.conversations import OwnTokens
 from rlhfscale.rewards.outcome import by_sequence, read_at
 
 
@@ -41,7 +41,7 @@ class SharedReward:
         about, self.tokenizer = scorer.saved(folder)
         if "readout" not in about or not (folder / "adapter_config.json").exists():
             raise ValueError(f"{folder} holds no outcome reward model with adapters (trained with merge=False)")
-        self.readout = about["readout"]
+        self.own, self.readout = OwnTokens(self.tokenizer), about["readout"]
         self.mean, self.std = moments(about["mean"], about["std"])
         self.tokens_per_micro_batch = tokens_per_micro_batch
         self._networks: Any = None
@@ -75,10 +75,10 @@ class SharedReward:
         """
         if self._networks is None:
             raise RuntimeError("SharedReward: give it to a trainer first, whose base it is read on")
-        nonempty(sequences)
         both = None not in (self.tokenizer, sequences.tokenizer)
-        if both and not scorer.same_tokens(self.tokenizer, sequences.tokenizer):
+        if both and not self.own.same(sequences.tokenizer):
             raise ValueError(f"{self.folder}: its tokenizer is not the policy's; take OutcomeRewardModel.load")
+        sequences = self.own(sequences)
         first, inverse = scorer.distinct(sequences)
         where = read_at(sequences[first], self.readout)
         read = scorer.read_head(self._states, self._head, sequences[first], where, self.tokens_per_micro_batch)
@@ -101,13 +101,20 @@ class SharedReward:
 def attach(reward: Any, networks: Any) -> None:
     """Put every `SharedReward` that a reward consists of on the base of the networks."""
     for part in _parts(reward):
-        part.attach(networks)
+        if isinstance(part, SharedReward):
+            part.attach(networks)
 
 
-def _parts(reward: Any) -> Iterator[SharedReward]:
-    if isinstance(reward, SharedReward):
-        yield reward
-        return
+def check_conversations(reward: Any, conversations: Sequence[Conversation]) -> None:
+    """Raise ValueError for a conversation that the chat template of a part of the reward refuses."""
+    for part in _parts(reward):
+        if isinstance(own := getattr(part, "own", None), OwnTokens):
+            own.check(conversations)
+
+
+def _parts(reward: Any) -> Iterator[Any]:
+    """The reward and all that it consists of."""
+    yield reward
     members = [getattr(reward, "reward", None), *getattr(reward, "rewards", [])]
     for member in members + [part for _, part in getattr(reward, "parts", [])]:
         if member is not None:

@@ -10,7 +10,10 @@ The files, in the order in which an update uses them:
 
     config.py      hyper-parameters that the algorithms share
     networks.py    policy, reference and critic as adapters on one frozen base, or with all weights trained
-    loop.py        one update, the outer loop, saving and resuming: what the algorithms do alike
+    loop.py        one update: what the algorithms do alike
+    outer.py       the outer loop: update after update, saving and resuming
+    prompts.py     the order of a collection of prompts
+    dynamic.py     other prompts in place of those that teach nothing
     rollout.py     sampled responses and what is known of each of their tokens
     logprobs.py    log-probabilities and entropies of response tokens
     kl.py          estimators of the divergence from the reference, and the adaptive KL coefficient
@@ -18,6 +21,7 @@ The files, in the order in which an update uses them:
     losses.py      clipped losses of policy and critic
     learner.py     AdamW with clipped gradients, and checkpoints
     metrics.py     the metrics of an update, with their units
+    logs.py        what is written beside checkpoints: metrics, tables of completions, loggers
     ppo.py, grpo.py, rloo.py   each algorithm's own hyper-parameters, advantages and loss
 """
 

@@ -25,13 +25,14 @@ def gae(
     return advantages, (advantages + values) * mask
 
 
-def group_relative(rewards: torch.Tensor, group_size: int, *, scale: bool = True) -> torch.Tensor:
+def group_relative(rewards: torch.Tensor, group_size: int, *, scale: bool | str = True) -> torch.Tensor:
     """``A_i = r_i - mean of the group``, divided by the group's standard deviation if ``scale`` (Shao et al. 2024,
     section 4.1.2).
 
     Args:
         rewards: float32 [batch]; the responses to one prompt stand in a row.
         group_size: number of responses to each prompt, at least 2.
+        scale: "batch" divides by the standard deviation of the whole batch (Liu et al. 2025, Lite PPO, section 3.1).
 
     Returns:
         float32 [batch].
@@ -42,7 +43,8 @@ def group_relative(rewards: torch.Tensor, group_size: int, *, scale: bool = True
     groups = _groups(rewards, group_size)
     advantages = groups - groups.mean(1, keepdim=True)
     if scale:
-        advantages = advantages / (groups.std(1, keepdim=True) + 1e-4)
+        spread = rewards.std() if scale == "batch" else groups.std(1, keepdim=True)
+        advantages = advantages / (spread + 1e-4)
     return advantages.flatten()
 
 

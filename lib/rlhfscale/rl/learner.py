@@ -1,6 +1,7 @@
 """The optimiser of a trainer, with clipped gradients and a check that numbers are finite; and its checkpoints."""
 
 import json
+import math
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ class Learner:
         networks: the networks that are trained (see `networks`).
         rates: learning rate of each role, such as ``{"policy": 1e-4, "critic": 1e-3}``.
         warmup_updates: number of updates over which the rates rise linearly.
+        schedule, decay_updates: how rates fall afterwards, see `Config`.
         weight_decay: weight decay of every group.
         max_grad_norm: the gradient of each group is clipped to this norm.
     """
@@ -39,18 +41,21 @@ class Learner:
         rates: dict[str, float],
         *,
         warmup_updates: int,
+        schedule: str = "constant",
+        decay_updates: int | None = None,
         weight_decay: float,
         max_grad_norm: float,
     ):
         self.networks, self.rates = networks, rates
         self.warmup_updates, self.max_grad_norm = warmup_updates, max_grad_norm
+        self.schedule, self.decay_updates = schedule, decay_updates
         self.parameters = {role: networks.parameters_of(role) for role in rates}
         groups = [{"params": self.parameters[role], "lr": rate} for role, rate in rates.items()]
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
 
     def set_rates(self, update: int) -> None:
-        """Set the learning rates of an update (from 0), which rise linearly during the warm-up."""
-        factor = min(1.0, (update + 1) / self.warmup_updates) if self.warmup_updates else 1.0
+        """Set the learning rates of an update (from 0): a function of its number alone, so that resuming is exact."""
+        factor = rate_factor(update, self.warmup_updates, self.schedule, self.decay_updates)
         for group, rate in zip(self.optimizer.param_groups, self.rates.values(), strict=True):
             group["lr"] = factor * rate
 
@@ -120,6 +125,16 @@ class Learner:
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         return state
+
+
+def rate_factor(update: int, warmup: int, schedule: str = "constant", decay: int | None = None) -> float:
+    """What the learning rates of an update (from 0) are multiplied by: a linear rise, then the schedule of `Config`."""
+    if update < warmup:
+        return (update + 1) / warmup
+    if schedule == "constant":
+        return 1.0
+    done = min(1.0, (update - warmup) / (decay - warmup))
+    return 1.0 - done if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
 
 
 def differences(there: dict, here: dict, within: str = "") -> list[str]:

@@ -8,6 +8,7 @@ pass holds more than `CHUNK` logits, and nothing is computed twice.
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from rlhfscale.models import sharding
@@ -27,7 +28,7 @@ def response_tokens(
 
 
 def token_logprobs(
-    hidden: torch.Tensor, head: nn.Module, tokens: torch.Tensor, temperature: float
+    hidden: torch.Tensor, head: nn.Module, tokens: torch.Tensor, temperature: float, *, fp32: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities and entropies at a temperature.
 
@@ -36,45 +37,56 @@ def token_logprobs(
         head: the output head, [.., width] -> [.., vocabulary].
         tokens: int64 [token], the chosen tokens.
         temperature: what logits are divided by.
+        fp32: compute the head's product in float32, whatever its dtype.
 
     Returns:
         logprobs and entropy in nats, both float32 [token]. Differentiable; the entropy by `with_entropy_gradient` only.
     """
     if isinstance(head, nn.Linear) and head.weight.is_floating_point() and not head.weight.requires_grad:
         with sharding.whole(head):
-            return FrozenHead.apply(hidden, head.weight, head.bias, tokens, temperature)
-    return with_entropy_gradient(hidden, head, tokens, temperature)
+            weight, bias = head.weight, head.bias
+            if fp32:
+                hidden, weight, bias = hidden.float(), weight.float(), bias if bias is None else bias.float()
+            return FrozenHead.apply(hidden, weight, bias, tokens, temperature)
+    return with_entropy_gradient(hidden, head, tokens, temperature, fp32=fp32)
 
 
 def with_entropy_gradient(
-    hidden: torch.Tensor, head: nn.Module, tokens: torch.Tensor, temperature: float
+    hidden: torch.Tensor, head: nn.Module, tokens: torch.Tensor, temperature: float, *, fp32: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `token_logprobs`, with an entropy that can be differentiated; logits are computed again in the backward
     pass."""
     size = _rows(head.weight.shape[0])
-    return sharding.call(head, _chunked, hidden, tokens, temperature, size)
+    return sharding.call(head, _chunked, hidden, tokens, temperature, size, fp32)
 
 
 def _rows(vocabulary: int) -> int:
     return max(1, CHUNK // vocabulary)
 
 
-def _chunked(head, hidden, tokens, temperature, size):
+def _chunked(head, hidden, tokens, temperature, size, fp32):
     parts = []
     for h, y in zip(hidden.split(size), tokens.split(size), strict=True):
         again = torch.is_grad_enabled() and len(hidden) > size
         parts.append(
-            checkpoint(_plain, head, h, y, temperature, use_reentrant=False)
+            checkpoint(_plain, head, h, y, temperature, fp32, use_reentrant=False)
             if again
-            else _plain(head, h, y, temperature)
+            else _plain(head, h, y, temperature, fp32)
         )
     return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
 
-def _plain(head, hidden, tokens, temperature):
-    distribution = torch.log_softmax(head(hidden).float() / temperature, dim=-1)
+def _plain(head, hidden, tokens, temperature, fp32):
+    logits = functional_call(head, _floats(head), hidden.float()) if fp32 else head(hidden).float()
+    distribution = torch.log_softmax(logits / temperature, dim=-1)
     entropy = -(distribution.exp() * distribution).sum(1)
     return distribution.gather(1, tokens[:, None]).squeeze(1), entropy
+
+
+def _floats(head: nn.Module) -> dict[str, torch.Tensor]:
+    """A head's parameters and buffers in float32, with gradients to its own."""
+    named = (*head.named_parameters(), *head.named_buffers())
+    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in named}
 
 
 class FrozenHead(torch.autograd.Function):

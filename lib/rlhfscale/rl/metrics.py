@@ -19,6 +19,7 @@
 | value_loss | critic's clipped squared error / 2, mean over steps (PPO) | score^2 |
 | critic_grad_norm | norm of the critic's gradient before clipping, mean over steps (PPO) | - |
 | explained_variance | 1 - Var(R - V) / Var(R) of the returns by the critic's values at sampling (PPO) | share |
+| replaced_groups | groups replaced by dynamic sampling, where it is on | groups |
 | steps | optimiser steps taken; fewer than planned where the update stopped early | - |
 """
 

@@ -63,12 +63,12 @@ class PPO(Trainer):
         kl = kl_terms(rollouts.logprobs, rollouts.ref_logprobs, config.kl_estimator)
         rewards = token_rewards(rollouts, scores, kl, self.kl_coefficient)
         advantages, returns = gae(rewards, rollouts.values, rollouts.mask, gamma=config.gamma, lam=config.lam)
-        return replace(rollouts, advantages=whiten(advantages, rollouts.mask), returns=returns)
+        return replace(rollouts, advantages=whiten(advantages, rollouts.learnt(config.mask_truncated)), returns=returns)
 
     def step(self, rollouts: Rollouts, index: torch.Tensor, evaluated: Evaluation | None = None) -> dict[str, float]:
         """One optimiser step of policy and critic; all response tokens count alike. See `Trainer.descend`."""
         batch = rollouts[index]
-        return self.descend(replace(batch, weights=token_weights(batch.mask)), evaluated)
+        return self.descend(replace(batch, weights=token_weights(batch.learnt(self.config.mask_truncated))), evaluated)
 
     def loss(self, batch: Rollouts, now: Evaluation) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss of a part of a minibatch, and its terms: sums over tokens, weighted by ``batch.weights``.
@@ -78,7 +78,8 @@ class PPO(Trainer):
         """
         config = self.config
         ratio = torch.exp(now.logprobs - batch.logprobs)
-        policy_loss, clipped = clipped_surrogate(ratio, batch.advantages, config.clip)
+        bounds = (config.clip, config.clip_high, config.max_ratio)
+        policy_loss, clipped = clipped_surrogate(ratio, batch.advantages, *bounds)
         value_loss = clipped_value(now.values, batch.values, batch.returns, config.value_clip)
         terms = {
             "policy_loss": policy_loss,

@@ -6,6 +6,7 @@ possible. The rest of an update is `loop.Trainer.update`.
 """
 
 from dataclasses import replace
+from typing import Literal
 
 import torch
 
@@ -19,6 +20,8 @@ from rlhfscale.rl.rollout import Evaluation, Rollouts
 
 class RLOOConfig(GroupedConfig):
     """Hyper-parameters of RLOO: those of `Config`. The KL penalty is part of the reward."""
+
+    sampler_correction_level: Literal["sequence"] = "sequence"  # a whole response is one action
 
 
 class RLOO(Trainer):
@@ -36,13 +39,15 @@ class RLOO(Trainer):
     def step(self, rollouts: Rollouts, index: torch.Tensor, evaluated: Evaluation | None = None) -> dict[str, float]:
         """One optimiser step; all responses count alike. See `Trainer.descend`."""
         batch = rollouts[index]
-        return self.descend(replace(batch, weights=batch.mask / len(batch)), evaluated)
+        learnt = batch.learnt(self.config.mask_truncated)
+        return self.descend(replace(batch, weights=learnt / learnt.any(1).sum().clamp(min=1)), evaluated)
 
     def loss(self, batch: Rollouts, now: Evaluation) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss of a part of a minibatch, ``-min(ratio A, clip(ratio) A)`` with the ratio of whole responses, less
         the entropy bonus; and its terms: sums over responses, each weighted by 1 / minibatch size."""
         log_ratio = ((now.logprobs - batch.logprobs) * batch.mask).sum(1)
-        loss, clipped = clipped_surrogate(torch.exp(log_ratio), batch.advantages[:, 0], self.config.clip)
+        bounds = (self.config.clip, self.config.clip_high, self.config.max_ratio)
+        loss, clipped = clipped_surrogate(torch.exp(log_ratio), batch.advantages[:, 0], *bounds)
         by_response, tokens = batch.weights[:, 0], batch.mask.sum(1)
         terms = {
             "policy_loss": loss,

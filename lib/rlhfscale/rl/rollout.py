@@ -1,19 +1,18 @@
 """Roll-outs: sampled responses with all that a trainer learns from, and their evaluation under the networks."""
 
-import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from rlhfscale.models import packing, parallel
-from rlhfscale.models.sequences import Sequences
+from rlhfscale.models.sequences import Conversation, Sequences
 from rlhfscale.rl.logprobs import response_tokens, token_logprobs, with_entropy_gradient
 from rlhfscale.samplers.base import Completions
+from rlhfscale.samplers.prompts import Prompt, encode, joined
 
-Prompt = str | Sequence[int] | Sequence[dict[str, str]]
-"""Text, token ids, or a conversation for the tokenizer's chat template."""
+__all__ = ["Evaluation", "Prompt", "Rollouts", "encode", "joined"]
 
 
 @dataclass(frozen=True)
@@ -67,6 +66,23 @@ class Rollouts:
         else:
             yield from (self[index] for index in split(self.lengths, max_tokens))
 
+    def learnt(self, mask_truncated: bool) -> torch.Tensor:
+        """The tokens that are learnt from, bool [batch, response]: all, or those of finished responses."""
+        return self.mask & self.finished[:, None] if mask_truncated else self.mask
+
+    def sequences(
+        self, tokenizer: PreTrainedTokenizerBase, talks: Mapping[tuple[int, ...], Conversation] | None = None
+    ) -> Sequences:
+        """The prompts joined with their responses, as rewards take them; ``talks`` has the conversations that prompts
+        were made from, by their ids."""
+        arrays = (self.ids, self.prompt_lengths, self.lengths, self.finished)
+        ids, starts, lengths, finished = (array.cpu().numpy() for array in arrays)
+        found = None
+        if talks:
+            rows = zip(ids.tolist(), starts.tolist(), strict=True)
+            found = tuple(talks.get(tuple(row[:start])) for row, start in rows)
+        return Sequences(ids, starts, lengths, finished, tokenizer, found)
+
     @property
     def sampler_gaps(self) -> torch.Tensor:
         """float32 [token]: the trainer's log-probability of each response token less the sampler's, in nats."""
@@ -90,16 +106,18 @@ class Evaluation:
     values: torch.Tensor | None
 
 
-def evaluate(networks, batch: Rollouts, role: str, temperature: float, *, entropy_gradient=False) -> Evaluation:
+def evaluate(
+    networks, batch: Rollouts, role: str, temperature: float, *, entropy_gradient: bool = False, fp32: bool = False
+) -> Evaluation:
     """Evaluate the response tokens under a role: log-probabilities, entropies, and values if the role carries them.
 
     Token t of a response is predicted at position ``prompt_length - 1 + t``; the heads run on these positions only.
-    Entropies have a gradient only with ``entropy_gradient``.
+    Entropies have a gradient only with ``entropy_gradient``; ``fp32`` is of the output head, see `token_logprobs`.
     """
     rows = parallel.own(len(batch)).to(batch.ids.device)
     states, tokens = _own_states(networks, batch, role, rows)
     read = with_entropy_gradient if entropy_gradient else token_logprobs
-    logprobs, entropy = read(states, networks.output_head(role), tokens, temperature)
+    logprobs, entropy = read(states, networks.output_head(role), tokens, temperature, fp32=fp32)
     values = networks.value_head(states) if networks.value_head and role == networks.critic_role else None
     return Evaluation(*(x if x is None else _of_batch(x, batch.mask, rows) for x in (logprobs, entropy, values)))
 
@@ -175,37 +193,6 @@ def evaluate_before_training(
         return evaluate_all(read, rollouts, max_tokens), None
     now = read(batch)
     return evaluate_all(read, rollouts, max_tokens, (first, now)), now
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[Prompt]) -> list[list[int]]:
-    """Token ids of each prompt: a text is tokenised, a conversation goes through the chat template, ids stay.
-
-    Raises ValueError for a prompt with half of a surrogate pair, which no tokenizer takes (names the prompt).
-    """
-    encoded = []
-    for index, prompt in enumerate(prompts):
-        try:
-            encoded.append([int(token) for token in _ids(tokenizer, prompt)])
-        except UnicodeEncodeError as error:
-            raise ValueError(f"prompt {index} is no text: {error.reason} at character {error.start}") from None
-    return encoded
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> Sequence[int]:
-    if isinstance(prompt, str):
-        prompt.encode()  # tokenizers' own error does not say what is wrong
-        return tokenizer(prompt)["input_ids"]
-    if len(prompt) and isinstance(prompt[0], dict):
-        json.dumps(prompt, ensure_ascii=False, default=str).encode()
-        return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
-    return prompt
-
-
-def joined(prompts: Sequence[Sequence[int]], completions: Completions, tokenizer: PreTrainedTokenizerBase) -> Sequences:
-    """Each prompt joined with its sampled response."""
-    width = int(completions.lengths.max())
-    rows = [ids[:length] for ids, length in zip(completions.ids[:, :width], completions.lengths, strict=True)]
-    return Sequences.join(prompts, rows, completions.finished, tokenizer)
 
 
 def from_sequences(sequences: Sequences, completions: Completions, device: torch.device) -> Rollouts:
