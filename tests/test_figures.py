@@ -170,6 +170,7 @@ def test_figures_use_neither_the_seed_nor_the_prompts_the_settings_were_chosen_o
         ("test_bed", {"temperatures": [0.5, 1.0]}, ["temperatures", "1.0"]),
         ("test_bed", {"studied_rung": "980k"}, ["studied_rung", "980k", "many_rungs"]),
         ("test_bed", {"many_rungs": ["980k"], "studied_rung": "980k"}, ["studied_rung", "980k", "policy_rungs"]),
+        ("test_bed", {"weak_prompts": 41}, ["weak_prompts", "41", "data_prompts"]),
         ("reward", {"policy_rung": "8b"}, ["policy_rung", "8b", *ladder.RUNGS]),
         ("reward", {"reward_model_rungs": ["14k"]}, ["reward_model_rungs", "at least 2"]),
         ("reward", {"best_of": 16}, ["best_of", "16", "num_samples = 8"]),

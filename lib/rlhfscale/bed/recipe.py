@@ -13,6 +13,8 @@ from rlhfscale.runs.policy_spec import Algorithm
 from rlhfscale.runs.recipe import RecipeBase
 
 FAMILIES = tuple(tasks.FAMILIES)
+LABEL_STREAMS = 1000
+"""Streams of labelled prompts of each seed, one for each labeller."""
 
 
 class Recipe(RecipeBase):
@@ -30,9 +32,11 @@ class Recipe(RecipeBase):
     sft_documents: int = Field(ge=64, description="demonstrations in supervised fine-tuning")
     sft_lr_width: float = Field(gt=0, description="as in pretraining")
     sft_muon_lr: float = Field(gt=0, description="as in pretraining")
-    label_rungs: tuple[str, ...] = Field(min_length=1, description="SFT rungs whose responses are labelled")
+    label_rungs: tuple[str, ...] = Field(
+        min_length=1, description="SFT rungs whose responses are labelled, of every base"
+    )
     label_samples: int = Field(ge=2, description="labelled responses to each prompt")
-    reward_prompts: int = Field(ge=1, description="labelled prompts of a reward model, counted for each label rung")
+    reward_prompts: int = Field(ge=1, description="labelled prompts of a reward model, of all labellers")
     reward_epochs: int = Field(ge=1, description="passes over them")
     reward_batch: int = Field(ge=1, description="prompts in a batch")
     reward_lr_width: float = Field(gt=0, description="AdamW rate, times the width")
@@ -140,14 +144,12 @@ class Recipe(RecipeBase):
             labelled_prompts: prompts that are labelled, shared out to the label rungs; by default the recipe's.
             responses, prompts_per_batch: labelled responses to each, and prompts in a batch; by default the recipe's.
         """
-        share = -(-(labelled_prompts or self.reward_prompts) // len(self.label_rungs))
+        share = -(-(labelled_prompts or self.reward_prompts) // self.label_parts)
         count = responses or self.label_samples
         return specs.RewardModel(
             base=self.start(rung, seed),
-            data=tuple(self._labels(name, "train", share, count, seed) for name in self.label_rungs),
-            held_out=tuple(
-                self._labels(name, "eval", self.eval_prompts, self.label_samples, 0) for name in self.label_rungs
-            ),
+            data=tuple(self._labels(part, share, count, seed) for part in range(self.label_parts)),
+            held_out=tuple(self._held_out(name) for name in self.label_rungs),
             num_prompts=num_prompts or self.reward_prompts,
             epochs=self.reward_epochs,
             prompts_per_batch=prompts_per_batch or self.reward_batch,
@@ -160,22 +162,33 @@ class Recipe(RecipeBase):
         )
 
     @property
-    def label_parts(self) -> int:
-        """Parts of equal size that the labelled prompts of a reward model come in: one of each label rung."""
-        return len(self.label_rungs)
+    def labellers(self) -> tuple[tuple[str, int], ...]:
+        """Rung and base of the SFT models whose responses are labelled: a reward model sees the errors of them all."""
+        return tuple((rung, 1 + base) for rung in self.label_rungs for base in range(self.count_bases(rung)))
 
-    def _labels(self, rung: str, split: str, num_prompts: int, num_samples: int, seed: int) -> specs.Samples:
-        """Every label rung answers the same prompts, with the same draws."""
+    @property
+    def label_parts(self) -> int:
+        """Parts of equal size that the labelled prompts of a reward model come in: one of each labeller."""
+        return len(self.labellers)
+
+    def _labels(self, part: int, num_prompts: int, num_samples: int, seed: int) -> specs.Samples:
+        """Every labeller answers prompts of its own: reward models are limited by the number of different ones."""
+        rung, base = self.labellers[part]
         return specs.Samples(
-            model=self.start(rung, seed),
-            split=split,
+            model=self.sft(rung, base),
+            split="train",
             families=FAMILIES,
             num_prompts=num_prompts,
             num_samples=num_samples,
             temperature=1.0,
-            prompt_seed=seed,
+            prompt_seed=LABEL_STREAMS * seed + part,
             seed=seed,
         )
+
+    def _held_out(self, rung: str) -> specs.Samples:
+        """The responses on which every reward model's accuracy is measured; the label rungs answer the same prompts."""
+        samples = self.evaluation(self.sft(rung), 0)
+        return samples.changed(num_samples=self.label_samples, prompt_seed=0)
 
     @property
     def steps_per_epoch(self) -> int:

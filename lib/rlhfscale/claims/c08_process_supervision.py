@@ -59,8 +59,8 @@ class Params(OnePolicy):
         self.settings.check_rungs("reward_model_rungs", self.reward_model_rungs)
         if self.ppo_rung not in self.reward_model_rungs:
             raise ValueError(f"ppo_rung: {self.ppo_rung!r} is not among reward_model_rungs")
-        if self.labelled_prompts % len(self.settings.label_rungs):
-            raise ValueError(f"labelled_prompts: {self.labelled_prompts} do not share out to the label rungs")
+        if self.labelled_prompts % self.settings.label_parts:
+            raise ValueError(f"labelled_prompts: {self.labelled_prompts} do not share out to the labellers")
         if self.best_of > self.num_samples:
             raise ValueError(f"best_of: {self.best_of} must be at most num_samples = {self.num_samples}")
         return self

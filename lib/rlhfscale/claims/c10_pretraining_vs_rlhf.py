@@ -74,11 +74,11 @@ class Params(OnePolicy):
     def policy(self, updates: int, seed: int) -> specs.Policy:
         """Return a policy whose updates and reward-model labels grow together, in the recipe's ratio."""
         recipe = self.settings
-        rungs = len(recipe.label_rungs)
-        share = max(1, round(recipe.reward_prompts * updates / recipe.ppo_updates / rungs))
+        parts = recipe.label_parts
+        share = max(1, round(recipe.reward_prompts * updates / recipe.ppo_updates / parts))
         reward_model = recipe.reward_model(self.reward_model_rung, seed)
         data = tuple(part.changed(num_prompts=share) for part in reward_model.data)
-        reward_model = reward_model.changed(data=data, num_prompts=share * rungs)
+        reward_model = reward_model.changed(data=data, num_prompts=share * parts)
         policy = recipe.policy(self.policy_rung, self.reward_model_rung, seed)
         start = recipe.sft(self.policy_rung)  # the same base as that of the pretraining curve
         return policy.changed(sft=start, reward_model=reward_model, num_updates=updates)

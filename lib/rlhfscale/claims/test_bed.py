@@ -61,6 +61,7 @@ class Params(StudyFigure):
     many_prompts: int = field(role="fixed", ge=2, doc="held-out prompts of best-of-N and pass@k")
     many_samples: int = field(role="fixed", ge=8, doc="responses to each; N and k go up to here, by doubling")
     weak_kl: float = field(role="scientific", ge=0, doc="KL coefficient that lets a policy over-optimise")
+    weak_prompts: int = field(role="fixed", doc="labelled prompts of the reward models there, one of data_prompts")
     weak_updates: int = field(role="fixed", ge=WINDOWS, doc="updates there")
 
     @model_validator(mode="after")
@@ -69,14 +70,16 @@ class Params(StudyFigure):
             self.settings.check_rungs(name, getattr(self, name))
         if bad := [temperature for temperature in self.temperatures if not 0 < temperature < 1]:
             raise ValueError(f"temperatures: {bad} must be between 0 and 1, which are measured anyway")
-        for name, among in (("reference_rung", "reward_model_rungs"), ("studied_rung", "many_rungs")):
+        limit = self.settings.reward_prompts
+        if bad := [count for count in self.data_prompts if not 1 <= count < limit]:
+            raise ValueError(f"data_prompts: {bad} must be from 1 to below the recipe's reward_prompts = {limit}")
+        for name, among in (
+            ("reference_rung", "reward_model_rungs"), ("studied_rung", "many_rungs"), ("weak_prompts", "data_prompts")
+        ):  # fmt: skip
             if getattr(self, name) not in getattr(self, among):
                 raise ValueError(f"{name}: {getattr(self, name)!r} is not among {among}")
         if self.studied_rung not in self.policy_rungs:
             raise ValueError(f"studied_rung: {self.studied_rung!r} is not among policy_rungs")
-        limit = self.settings.reward_prompts
-        if bad := [count for count in self.data_prompts if not 1 <= count < limit]:
-            raise ValueError(f"data_prompts: {bad} must be from 1 to below the recipe's reward_prompts = {limit}")
         return self
 
     @property
@@ -122,9 +125,10 @@ class Params(StudyFigure):
         }
 
     def weakly_held(self, seed: int) -> specs.Policy:
-        """A policy with a weak KL penalty and many updates."""
+        """A policy with a weak KL penalty, many updates, and a reward model of few labels."""
         policy = self.settings.policy(self.studied_rung, self.reference_rung, seed)
-        return policy.changed(kl_coefficient=self.weak_kl, num_updates=self.weak_updates)
+        reward_model = policy.reward_model.changed(num_prompts=self.weak_prompts)
+        return policy.changed(reward_model=reward_model, kl_coefficient=self.weak_kl, num_updates=self.weak_updates)
 
     def crossed(self) -> dict[tuple[int, int], tuple[specs.Samples, specs.Samples]]:
         """Responses before and after PPO, of every base of the studied rung with every seed."""

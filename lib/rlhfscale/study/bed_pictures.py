@@ -122,7 +122,7 @@ def _draw_over_optimisation(axis: Axes, summary: pd.DataFrame) -> None:
     style.draw_estimates(
         axis, style.select(summary, "weak_kl_exact"), "updates", color=AFTER, marker="s", label="accuracy"
     )
-    axis.set(title="(f) with a weak KL penalty", xlabel="PPO updates", ylabel="accuracy in training")
+    axis.set(title="(f) weak KL penalty, few labels", xlabel="PPO updates", ylabel="accuracy in training")
     proxy = axis.twinx()
     proxy.grid(False)
     color = style.CATEGORIES[3]
