@@ -39,6 +39,7 @@ REWARD_MODELS = (
     {"rung": "150k", "prompts": 112000, "responses": 2},
     {"rung": "150k", "prompts": 112000},
     {"rung": "330k", "prompts": 112000},
+    {"rung": "150k", "prompts": 54000, "labellers": "bases"},
 )
 POLICIES = (
     {"rung": "55k"},
@@ -58,7 +59,12 @@ def samples(rung: str, split: str, prompts: int, count: int, temperature: float 
     return spec.changed(**about, temperature=temperature)
 
 
-LABELS = [samples(rung, "train", 56000, 4) for rung in LABEL_RUNGS]
+LABELS = {
+    "pilot": [samples(rung, "train", 56000, 4) for rung in LABEL_RUNGS],
+    "bases": list(recipes.load("laptop").reward_model("150k", PILOT).data),
+}
+"""Labelled responses of the pilot's own base, both rungs to the same prompts; and as the recipe has them, of every base
+of the figures, each to prompts of its own. Accuracy is measured on the pilot's responses."""
 HELD_OUT = samples("55k", "eval", 512, 64)
 
 
@@ -73,9 +79,10 @@ def first(responses: Responses, prompts: int, count: int) -> Responses:
                         for name, array in cut.items()})  # fmt: skip
 
 
-def reward_model(made, rung, prompts, responses=4, loss="both", labels_by="gold"):
+def reward_model(made, rung, prompts, responses=4, loss="both", labels_by="gold", labellers="pilot"):
     """Train one as the recipe does, and print what it can do; ``labels_by`` exact compares right with wrong alone."""
-    data = [labels.labelled(first(read(made, spec), prompts // 2, responses)) for spec in LABELS]
+    parts = LABELS[labellers]
+    data = [labels.labelled(first(read(made, spec), prompts // len(parts), responses)) for spec in parts]
     if labels_by == "exact":
         data = [replace(part, gold=part.correct) for part in data]
     started = time.process_time()
@@ -93,7 +100,7 @@ def reward_model(made, rung, prompts, responses=4, loss="both", labels_by="gold"
         np.nanmean(outcome.pair_accuracy(scores[:, :8], gold[:, :8] * 1.0)) for gold in (held_out.gold, held_out.exact)
     )
     curve = " ".join(f"{value:.3f}" for value in bon.best_of_n(held_out.exact, scores, [1, 8, 16, 64]).mean(0))
-    about = f"{rung}, {prompts:,} prompts x {responses}, {loss}, {labels_by}"
+    about = f"{rung}, {prompts:,} prompts x {responses}, {loss}, {labels_by}, {labellers}"
     print(f"| {about} | {seconds:.0f} | {graded:.3f} | {exact:.3f} | {curve} |", flush=True)
     return reward
 
@@ -131,14 +138,15 @@ def parse(text: str) -> dict:
 
 def main(chosen: list[str]) -> None:
     torch.set_num_threads(1)
-    made = grid.ensure([*LABELS, HELD_OUT, *(RECIPE.sft(rung, PILOT) for rung in ("55k", "150k", "330k"))])
+    tuned = [RECIPE.sft(rung, PILOT) for rung in ("55k", "150k", "330k")]
+    made = grid.ensure([*LABELS["pilot"], *LABELS["bases"], HELD_OUT, *tuned])
     print("| reward model | core-s | unequal gold | right or wrong | best of 1, 8, 16, 64 |\n|---|---|---|---|---|")
     reference = None
     for trial in map(parse, chosen) if chosen else REWARD_MODELS:
         options = dict(trial)
         by = options.pop("labels", "gold")
         reward = reward_model(made, labels_by=by, **options)
-        if options == {"rung": "150k", "prompts": RECIPE.reward_prompts} and by == "gold":
+        if options.get("labellers") == "bases":
             reference = reward
     if reference is not None:
         print("\n| PPO | core-s | sampled | greedy | KL |\n|---|---|---|---|---|")
