@@ -387,3 +387,8 @@ def test_a_frozen_copy_of_the_base_is_not_trained_by_another_run():
     tiny_rl.updates(run, 1)
     assert tiny.equal(tiny.weights(run.networks.reference), tiny.weights(base))
     assert not any(parameter.requires_grad for parameter in run.networks.reference.parameters())
+
+
+def test_a_precision_that_cannot_be_followed_is_said():
+    with pytest.warns(UserWarning, match="compute_dtype: GPT2LMHeadModel on cpu computes in its own torch.float32"):
+        tiny_rl.trainer(PPO, base=language_model("GPT2", vocab_size=56), compute_dtype="bf16")

@@ -123,7 +123,8 @@ def plan(
     gpu: Annotated[
         str | None,
         typer.Option(
-            help="Plan for h100-80gb, a100-80gb, l4-24gb or rtx4090-24gb. [default: $RLHFSCALE_GPU, else the tier's]"
+            help="Plan for h100-80gb, a100-80gb, h200-141gb, l4-24gb or rtx4090-24gb. "
+            "[default: $RLHFSCALE_GPU, else the tier's]"
         ),
     ] = None,
     gpus: Annotated[int | None, typer.Option(min=1, help="Of these GPUs. [default: the tier's]")] = None,

@@ -28,9 +28,13 @@ def start(backend: str | None = None) -> None:
     """Join the processes that ``torchrun`` or ``accelerate launch`` started: gloo on CPUs, NCCL on GPUs, where each
     process takes the GPU of its number on its machine. Nothing happens outside of them."""
     if "RANK" in os.environ and not dist.is_initialized():
+        device = None
         if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        dist.init_process_group(backend or ("nccl" if torch.cuda.is_available() else "gloo"), timeout=PATIENCE)
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            torch.cuda.set_device(device)
+        backend = backend or ("gloo" if device is None else "nccl")
+        # named, so that NCCL does not have to guess which GPU a process has
+        dist.init_process_group(backend, timeout=PATIENCE, device_id=device if backend == "nccl" else None)
 
 
 def size() -> int:

@@ -57,6 +57,16 @@ HARDWARE: dict[str, Hardware] = {
             source="NVIDIA A100 SXM data sheet: 312 TFLOP/s dense bf16, 2.039 TB/s, NVLink 600 GB/s both ways",
         ),
         Hardware(
+            name="h200-141gb",
+            memory_bytes=141e9,
+            peak_flops=989e12,
+            bandwidth=4.8e12,
+            gpus_per_node=8,
+            link_bandwidth=450e9,
+            network_bandwidth=50e9,
+            source="NVIDIA H200 SXM data sheet: 989 TFLOP/s dense bf16, 4.8 TB/s, NVLink 900 GB/s both ways",
+        ),
+        Hardware(
             name="l4-24gb",
             memory_bytes=24e9,
             peak_flops=121e12,

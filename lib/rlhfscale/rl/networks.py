@@ -6,6 +6,7 @@ four models cost the memory of one. `FullWeights` trains all weights and keeps a
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -167,6 +168,12 @@ class SharedBase(nn.Module):
         self.value_head = None if critic == "none" else ValueHead(base.config.hidden_size).to(base.device)
         # in this order: the layers' weights are moved together first, and only then looked at by each layer
         self._fused = llama.fused(loading.trunk(base), base.get_output_embeddings(), compute_dtype)
+        if compute_dtype is not None and self._fused is None:
+            warnings.warn(
+                f"compute_dtype: {type(base).__name__} on {base.device.type} computes in its own {base.dtype}; this"
+                " setting is for Llama, Mistral and Qwen2 on a CPU. Elsewhere load the model in bf16",
+                stacklevel=4,
+            )
         self.switch = lora.install(self.model)
 
     @property
