@@ -88,7 +88,8 @@ def test_knowledge_seeds_and_bases():
     assert met(conditions.knowledge_is_there({"a": interval(0.9), "b": interval(0.8)}, 64)) == [False]
     assert met(conditions.seeds_agree({"a": np.array([0.2, 0.21, 0.19])})) == [True]
     assert met(conditions.seeds_agree({"a": np.array([0.2, 0.3, 0.1])})) == [False]
-    assert met(conditions.seeds_agree({"a": np.array([-0.2, -0.2, -0.21])})) == [False]
+    (bad,) = conditions.seeds_agree({"b": np.array([0.2, 0.21, 0.19]), "a": np.array([-0.2, -0.2, -0.21])})
+    assert not bad.met and "(a)" in bad.measured
     assert met(conditions.enough_seeds(5)) == [True] and met(conditions.enough_seeds(4)) == [False]
     shares = {"base": 0.5, "seed": 0.25, "rest": 0.25}
     (found,) = conditions.enough_bases({"a": 3, "b": 3}, shares)

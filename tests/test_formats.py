@@ -71,6 +71,14 @@ def test_texts_without_a_prompt_share_their_beginning():
     same(formats.preferences(whole, TOKENIZER), formats.preferences(apart, TOKENIZER))
 
 
+def test_a_completion_that_begins_like_its_prompt_is_kept_whole():
+    pairs = [("a", "a b", "c")]
+    same(formats.preferences([{"prompt": "a", "chosen": "a b", "rejected": "c"}], TOKENIZER),
+         Labelled.from_pairs(pairs, TOKENIZER))  # fmt: skip
+    lines = [{"chosen": "q\nb", "rejected": "q\nc"}]
+    same(formats.preferences(lines, TOKENIZER), Labelled.from_pairs([("q\n", "b", "c")], TOKENIZER))
+
+
 def test_correctness_of_texts_and_conversations():
     rows = [
         {"prompt": "b", "completion": "c", "label": True},
@@ -115,6 +123,7 @@ GOOD = {"prompt": "b", "chosen": "c", "rejected": "d"}
         (formats.preferences, GOOD | {"chosen": [{"role": "user"}]}, "row 1: chosen: needs a text"),
         (formats.preferences, GOOD | {"chosen": said("c")}, "row 1: the prompt is a text, its completion messages"),
         (formats.preferences, {"chosen": "c", "rejected": "d"}, "row 1: chosen and rejected do not begin alike"),
+        (formats.preferences, GOOD | {"rejected": "c"}, "row 1: chosen and rejected are the same"),
         (formats.preferences, {"chosen": "c", "rejected": said("d")}, "row 1: chosen and rejected: one is a text"),
         (
             formats.preferences,

@@ -206,7 +206,7 @@ def test_every_kind_of_spec_can_be_planned():
 
 def test_more_data_means_more_work_and_a_larger_batch_more_memory():
     recipe = recipes.load("laptop")
-    spec = recipe.policy("150k", "150k", 1)
+    spec = recipe.policy("150k", "150k", 1).changed(critic="separate")
     layout = Layout("fused", 1, 1, 16384, 0.0)
     twice = spec.changed(num_updates=2 * spec.num_updates)
     assert sum(workload(twice).flops("fused").values()) == pytest.approx(

@@ -1,10 +1,12 @@
 """Rewards that take time: pools, time limits, async functions, and a run that goes on after a failure."""
 
 import asyncio
+import itertools
 import threading
 import time
 
 import numpy as np
+import pandas as pd
 import pytest
 
 import tiny
@@ -44,6 +46,22 @@ def test_plain_and_async_functions_give_the_same_scores():
     expected = [words("", response) for response in asked.responses]
     for reward in (Pooled(words), Pooled(words_later, workers=2), as_reward(all_words_later)):
         assert reward.score(asked).tolist() == expected
+
+
+def test_a_function_that_returns_something_to_await_is_awaited():
+    asked = sequences()
+    expected = [words("", response) for response in asked.responses]
+    assert Pooled(lambda prompt, response: words_later(prompt, response)).score(asked).tolist() == expected
+
+
+def test_a_call_that_hangs_is_found_while_others_answer():
+    def one_hangs(prompt, response):
+        threading.Event().wait(30 if next(count) == 0 else 0.05)
+        return 1.0
+
+    count = itertools.count()
+    with pytest.raises(RewardFailed, match="no answer within timeout_s=0.2"):
+        Pooled(one_hangs, workers=2, timeout_s=0.2).score(sequences())
 
 
 @pytest.mark.parametrize("kind", ["threads", "async"])
@@ -115,6 +133,26 @@ def test_a_call_that_fails_or_hangs_is_named(function, words):
 def test_senseless_pools_are_refused(options, words):
     with pytest.raises(ValueError, match=words):
         Pooled(words, **options)
+
+
+def test_a_run_that_failed_before_its_first_checkpoint_keeps_its_rows(tmp_path):
+    expected = run(Pooled(words)).train(PROMPTS, 3, progress=False)
+    broken = [True]
+
+    def flaky(prompt, response):
+        flaky.calls += 1
+        if broken[0] and flaky.calls > 19:
+            raise OSError("service is away")
+        return words(prompt, response)
+
+    flaky.calls = 0
+    first = run(Pooled(flaky, workers=1))
+    with pytest.raises(RewardFailed):
+        first.train(PROMPTS, 3, folder=tmp_path, progress=False)
+    broken[0] = False
+    found = first.train(PROMPTS, 3, folder=tmp_path, progress=False)
+    np.testing.assert_allclose(found.to_numpy(float), expected.to_numpy(float))
+    assert len(pd.read_csv(tmp_path / "metrics.csv")) == 3
 
 
 def test_after_a_failure_the_update_is_repeated_to_the_same_numbers(tmp_path):

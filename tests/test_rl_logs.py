@@ -8,8 +8,9 @@ import pandas as pd
 import pytest
 
 import tiny_rl
-from rlhfscale.rl import PPO
+from rlhfscale.rl import GRPO, PPO, RLOO
 from rlhfscale.rl.kl import sequence_kl
+from rlhfscale.rl.logs import RESERVED
 
 PROMPTS = [f"lists sort : {letter} b a =" for letter in "abcdefgh"]
 OPTIONS = {"prompts_per_update": 4, "minibatch_size": None, "max_new_tokens": 5}
@@ -58,6 +59,12 @@ def test_a_held_out_set_leaves_training_as_it_is():
     _, table = train()
     _, evaluated = train(eval_prompts=PROMPTS[:2], eval_every=1)
     np.testing.assert_array_equal(evaluated[table.columns].to_numpy(float), table.to_numpy(float))
+
+
+@pytest.mark.parametrize("algorithm", [PPO, GRPO, RLOO])
+def test_every_metric_is_a_name_that_is_taken(algorithm):
+    _, metrics = train(tiny_rl.trainer(algorithm, **OPTIONS))
+    assert set(metrics) <= RESERVED
 
 
 def test_completions_are_tables_of_what_was_sampled(tmp_path):
@@ -111,6 +118,10 @@ def test_tensorboard_gets_every_number(tmp_path):
         ({"log_to": "wandb"}, ImportError, "log_to: wandb is not installed; pip install wandb"),
         ({"log_completions": 1}, ValueError, "log_completions: needs a folder"),
         ({"log_completions": -1}, ValueError, "log_completions: -1 is below 0"),
+        ({"eval_every": 0}, ValueError, "eval_every: 0 is below 1"),
+        ({"checkpoint_every": 0}, ValueError, "checkpoint_every: 0 is below 1"),
+        ({"eval_prompts": "lists"}, ValueError, "prompts: one text; give a list of texts"),
+        ({"watch": {"proxy": length}}, ValueError, "watch: proxy is a metric or a column already"),
     ],
 )
 def test_what_cannot_be_written_is_said_before_anything_is_sampled(options, error, words, monkeypatch):

@@ -270,8 +270,55 @@ def test_groups_without_a_difference_are_replaced(monkeypatch):
 
 def test_what_is_missing_after_the_last_round_is_filled_up():
     run = dynamic_run(dynamic_sampling=1)
-    metrics, completions = run.update(PROMPTS[:6], more=lambda count: PROMPTS[:count])
-    assert len(completions) == 12 and 0 <= metrics["replaced_groups"] <= 6
+    seen = []
+    evaluate = run.evaluate
+    run.evaluate = lambda rollouts: seen.append(rollouts) or evaluate(rollouts)
+    metrics, completions = run.update(PROMPTS[:6], more=lambda count: PROMPTS[6 : 6 + count])
+    (rollouts,) = seen
+    groups = rollouts.scores.view(6, 2)
+    teaching = int((groups[:, 0] != groups[:, 1]).sum())
+    assert 0 < teaching < 6 and (groups[:teaching, 0] != groups[:teaching, 1]).all()
+    asked = [run.tokenizer(prompt).input_ids for prompt in PROMPTS]
+    for row in range(12):  # roll-outs and completions are still those of one response, and of a prompt that was asked
+        start, end = int(rollouts.prompt_lengths[row]), int(rollouts.lengths[row])
+        assert rollouts.ids[row, start:end].tolist() == list(completions[row].token_ids)
+        prompt = rollouts.ids[row, :start].tolist()
+        assert prompt in (asked[:6] if row >= 2 * teaching else asked)
+    assert metrics["replaced_groups"] == count_of_others(rollouts, asked)
+
+
+def count_of_others(rollouts, asked):
+    """Groups of prompts that were drawn to replace others."""
+    prompts = [rollouts.ids[row, : int(rollouts.prompt_lengths[row])].tolist() for row in range(0, 12, 2)]
+    return sum(prompt not in asked[:6] for prompt in prompts)
+
+
+def test_a_failed_update_draws_the_same_prompts_again():
+    run = dynamic_run(dynamic_sampling=100)
+    score, broken = run.reward.score, [True]
+
+    def fails(sequences):
+        if broken[0] and run.num_replacements:
+            raise OSError("service is away")
+        return score(sequences)
+
+    run.reward.score = fails
+    with pytest.raises(OSError, match="service is away"):
+        run.train(PROMPTS, 1, progress=False)
+    assert run.num_replacements == 0
+    broken[0] = False
+    whole = dynamic_run(dynamic_sampling=100).train(PROMPTS, 1, progress=False)
+    np.testing.assert_array_equal(run.train(PROMPTS, 1, progress=False).to_numpy(float), whole.to_numpy(float))
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_an_update_without_a_finished_response_teaches_nothing(algorithm):
+    run = tiny_rl.trainer(algorithm, mask_truncated=True, max_new_tokens=1, minibatch_size=None)
+    before = tiny.weights(run.networks)
+    metrics, completions = run.update(tiny_rl.prompts(run))
+    assert not completions.finished.all() and all(map(math.isfinite, metrics.values()))
+    if not completions.finished.any() and algorithm is not GRPO:
+        assert tiny.equal(before, tiny.weights(run.networks))
 
 
 def test_no_signal_at_all_is_named():

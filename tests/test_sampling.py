@@ -101,6 +101,35 @@ def test_best_of_keeps_one_row_each_also_as_parquet(tmp_path, folders):
     assert table["prompt"].tolist() == PROMPTS and table["best"].all()
 
 
+def test_line_separators_of_unicode_are_text(tmp_path, folders, monkeypatch):
+    """JSON leaves U+2028 and U+0085 as they are, and they end no line of the file."""
+    odd = "x\u2028y\x85z"
+    monkeypatch.setattr(
+        sampling, "best_of", lambda *given, n, **_: [sampling.Answers((odd,) * n, (True,) * n) for _ in given[3]]
+    )
+    arguments = written(tmp_path, folders)
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(json.dumps({"prompt": "lists sort : a =", "note": odd}, ensure_ascii=False) + "\n")
+    assert call(*arguments)[0] == 0
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_bytes().split(b"\n")[:-1]]
+    assert [row["response"] for row in rows] == [odd] * 3 and rows[0]["note"] == odd
+
+
+def test_a_trainers_run_is_a_policy(tmp_path, folders):
+    base = AutoModelForCausalLM.from_pretrained(folders / "policy")
+    run = tiny_rl.trainer(PPO, base=base)
+    run.train(PROMPTS, 1, folder=tmp_path / "run", progress=False)
+    assert call(*written(tmp_path, folders), "--policy", tmp_path / "run")[0] == 0
+
+
+def test_texts_and_messages_fit_into_no_parquet_column(tmp_path, folders):
+    arguments = written(tmp_path, folders, name="out.parquet")
+    rows = [{"prompt": "lists sort : a ="}, {"messages": [{"role": "user", "content": "a"}]}]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, output = call(*arguments)
+    assert code == 2 and "--out: a Parquet column cannot hold texts and messages" in output
+
+
 @pytest.mark.parametrize("cut", [0, 7])
 def test_an_interrupted_run_goes_on_to_the_same_rows(tmp_path, folders, monkeypatch, cut):
     assert call(*written(tmp_path, folders))[0] == 0
@@ -134,6 +163,8 @@ def test_an_interrupted_run_goes_on_to_the_same_rows(tmp_path, folders, monkeypa
         ('{"prompt": " "}', "line 2: needs a prompt"),
         ('["a"]', "line 2: needs a prompt"),
         ('{"messages": [{"role": "user"}]}', "line 2: needs a prompt"),
+        ('{"prompt": "lists sort : a =", "score": 1}', "line 2: score would be overwritten"),
+        (json.dumps({"prompt": "lists sort : a = " * 12}), "line 2: 61 tokens and max-new-tokens=6 do not fit"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, folders, line, words):

@@ -39,7 +39,7 @@ def sampled(model=SFT, split="train", seed=0, num_samples=4, **options):
 
 REWARD_MODEL = specs.RewardModel(
     base=SFT, data=(sampled(), sampled(seed=1)), held_out=(sampled(split="eval"),), num_prompts=48, epochs=1,
-    prompts_per_batch=8, lr=1e-2, muon_lr=5e-3, lora_rank=0, readout="sum", seed=0,
+    prompts_per_batch=8, lr=1e-2, muon_lr=5e-3, lora_rank=0, loss="both", readout="sum", seed=0,
 )  # fmt: skip
 POLICY = specs.Policy(
     sft=SFT, reward_model=REWARD_MODEL, algorithm="ppo", critic="separate", num_updates=2, prompts_per_update=8,

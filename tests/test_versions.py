@@ -29,13 +29,15 @@ SAMPLING = (*DOCUMENTS, *MODELS, *LAYERS, *in_room("samplers", "base hf together
 REWARD = (
     *SAMPLING,
     *in_room("models", "lm optim sequences"),
-    *in_room("rewards", "base losses labelled metrics scorer training outcome"),
+    *in_room("rewards", "base losses labelled metrics conversations scorer training outcome"),
 )
 LABELS = ("bed/labels", "bed/rungs")
 TRAINERS = (
     "models/files",
     "models/recomputation",
-    *in_room("rl", "config ppo grpo rloo loop learner rollout logprobs kl advantages losses metrics networks"),
+    "samplers/prompts",
+    *in_room("rl", "config ppo grpo rloo loop outer prompts dynamic logs learner rollout logprobs"),
+    *in_room("rl", "kl advantages losses metrics networks"),
 )
 EVALS = in_room("evals", "benchmarks mt_judged evaluate judge endpoint local_judges mt_bench revisions sources")
 ANSWERS = ("chat/answers", "chat/reasoning", "rl/networks", *in_room("models", "smollm2 recomputation checkpoints"))

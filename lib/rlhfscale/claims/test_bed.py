@@ -78,6 +78,8 @@ class Params(StudyFigure):
         ):  # fmt: skip
             if getattr(self, name) not in getattr(self, among):
                 raise ValueError(f"{name}: {getattr(self, name)!r} is not among {among}")
+        if self.settings.count_bases(self.studied_rung) < 2:
+            raise ValueError(f"studied_rung: {self.studied_rung} has one base; seeds are crossed with at least 2")
         if self.studied_rung not in self.policy_rungs:
             raise ValueError(f"studied_rung: {self.studied_rung!r} is not among policy_rungs")
         return self
@@ -345,8 +347,11 @@ def _habits(book: _Book) -> None:
             found = habits(problems, read_responses(book.folders, spec))
             counts.append([found.right, found.right + found.wrong])
         right, either = np.moveaxis(np.array(counts, float), 0, 2)  # each [operation, seed, prompt]
-        share = nested_bootstrap((right, either), lambda m: m[0] / np.maximum(m[1], 1e-9), rng=new_rng(), on="means")
-        for name, demonstrators, part in zip(found.operations, found.shares, share.split(), strict=True):
+        tells = either.sum((1, 2)) > 0  # an operation may not occur among a few prompts
+        counts = right[tells], either[tells]
+        share = nested_bootstrap(counts, lambda m: m[0] / np.maximum(m[1], 1e-9), rng=new_rng(), on="means")
+        names = np.array(found.operations)[tells].tolist()
+        for name, demonstrators, part in zip(names, found.shares[tells], share.split(), strict=True):
             about = {"operation": name, "stage": stage, "demonstrators": demonstrators}
             book.summary.append(summary_row("right_rule", part, **about))
 

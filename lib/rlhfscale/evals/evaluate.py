@@ -65,7 +65,7 @@ class Decoding:
 
 
 def open_policy(source: str, dtype: str = "bf16") -> Policy:
-    """A transformers folder, a folder of a PEFT adapter (its base comes along), or ``smollm2``.
+    """A transformers folder, that of a PEFT adapter (its base comes along) or of a trainer's run, or ``smollm2``.
 
     Raises:
         FileNotFoundError: no such model folder.
@@ -101,7 +101,8 @@ def model_folder(source: str, dtype: str = "bf16") -> Path:
     folder = Path(source)
     if not folder.is_dir():
         raise FileNotFoundError(f"{source}: no such model folder")
-    return folder
+    trained = folder / "checkpoint" / "policy"  # of a trainer's run
+    return trained if trained.is_dir() and not (folder / "config.json").is_file() else folder
 
 
 def open_judge(

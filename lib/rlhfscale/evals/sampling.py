@@ -4,6 +4,7 @@
 """
 
 import functools
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +17,7 @@ import pandas as pd
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhfscale.evals.evaluate import open_policy
+from rlhfscale.evals.evaluate import Policy, open_policy
 from rlhfscale.evals.revisions import folder_revision
 from rlhfscale.models.files import replace_file
 from rlhfscale.rewards import OutcomeRewardModel, ProcessRewardModel
@@ -27,6 +28,8 @@ from rlhfscale.samplers.prompts import Prompt, encode, joined
 
 CHUNK = 16
 """Prompts that are answered together, and written at once."""
+OUTPUT = {"sample", "response", "finished", "score", "best", "done"}
+"""Fields that the output adds to a row."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ def best_of(
         first: the position of the first prompt, where these are a part of more.
 
     Raises:
-        ValueError: no prompt, one that is empty or too long (names it), or a reward that gives no finite number.
+        ValueError: no prompt, one that is empty or too long, or a reward that gives no finite number.
     """
     encoded = encode(tokenizer, prompts)
     if not encoded:
@@ -123,11 +126,15 @@ def run(options: Options, progress: bool = True) -> int:
         raise ValueError("--best-of: needs --reward, which says what is best")
     if options.out.suffix not in (".jsonl", ".parquet"):
         raise ValueError(f"--out: {options.out} must end in .jsonl or .parquet")
-    asked = read_prompts(options.prompts)
+    numbers, asked = read_prompts(options.prompts)
+    if options.out.suffix == ".parquet":
+        _check_parquet(asked)
     policy = open_policy(options.policy, options.dtype)
+    _check_lengths(options, policy, numbers, asked)
     reward = open_reward(options.reward) if options.reward else None
     identity = {name: str(value) for name, value in asdict(options).items() if name != "out"}
-    identity |= {"policy_revision": policy.revision, "prompts": [row["prompt"] for row in asked]}
+    identity |= {"policy_revision": policy.revision, "rows": asked}
+    identity |= {"reward_revision": folder_revision(options.reward)} if options.reward else {}
     part = options.out.with_name(options.out.name + ".part")
     done = _resume(part, identity)
     answer = functools.partial(
@@ -158,13 +165,14 @@ def _rows(row: dict[str, Any], answers: Answers, best_alone: bool) -> Iterator[d
         yield row | {"sample": sample, "response": response, "finished": finished} | score
 
 
-def read_prompts(file: Path) -> list[dict[str, Any]]:
+def read_prompts(file: Path) -> tuple[list[int], list[dict[str, Any]]]:
     """The prompts of a JSONL file: each line an object with ``prompt`` (a text or messages) or ``messages``.
 
-    Other fields are kept. Raises ValueError, naming the line, for a line that is none, and for a file without one.
+    Other fields are kept. Returns the numbers of the lines, and the rows. Raises ValueError, naming the line, for one
+    that is none or that has a field of the output, and for a file without a prompt.
     """
-    rows = []
-    for number, text in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    numbers, rows = [], []
+    for number, text in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
         if not text.strip():
             continue
         try:
@@ -177,10 +185,35 @@ def read_prompts(file: Path) -> list[dict[str, Any]]:
                 f"{file}, line {number}: needs a prompt, a text that is not empty, or messages, a list of"
                 ' {"role": ..., "content": ...}'
             )
+        if taken := sorted(OUTPUT & row.keys()):
+            raise ValueError(f"{file}, line {number}: {', '.join(taken)} would be overwritten; rename the field")
+        numbers.append(number)
         rows.append(row | {"prompt": prompt})
     if not rows:
         raise ValueError(f"{file}: holds no prompt")
-    return rows
+    return numbers, rows
+
+
+def _check_parquet(rows: list[dict[str, Any]]) -> None:
+    """Raise ValueError where the rows could not be written as a table at the end."""
+    if importlib.util.find_spec("pyarrow") is None:
+        raise ValueError("--out: Parquet needs pyarrow; pip install pyarrow, or write .jsonl")
+    if len({type(row["prompt"]) for row in rows}) > 1:
+        raise ValueError("--out: a Parquet column cannot hold texts and messages; write .jsonl")
+
+
+def _check_lengths(options: Options, policy: Policy, numbers: list[int], rows: list[dict[str, Any]]) -> None:
+    """Raise ValueError, naming the line, for a prompt that the policy cannot read, before anything is sampled."""
+    for number, row in zip(numbers, rows, strict=True):
+        try:
+            (ids,) = encode(policy.tokenizer, [row["prompt"]])
+        except Exception as error:  # a tokenizer's or a chat template's own
+            raise ValueError(f"{options.prompts}, line {number}: {error}") from None
+        if policy.context is not None and len(ids) + options.max_new_tokens > policy.context:
+            raise ValueError(
+                f"{options.prompts}, line {number}: {len(ids)} tokens and max-new-tokens={options.max_new_tokens} do"
+                f" not fit into the model's context of {policy.context}"
+            )
 
 
 def _is_prompt(prompt: Any) -> bool:
@@ -199,7 +232,7 @@ def _resume(part: Path, identity: dict[str, Any]) -> int:
         if not lines or lines[0] != {"run": identity}:
             raise ValueError(f"{part}: an unfinished run with other options; finish it with those, or delete the file")
         for index, line in enumerate(lines):
-            if index == 0 or "done" in line:
+            if index == 0 or line.keys() == {"done"}:
                 whole, done = lines[: index + 1], line.get("done", 0)
         replace_file(part, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in whole).encode())
         return done
@@ -210,8 +243,7 @@ def _resume(part: Path, identity: dict[str, Any]) -> int:
 
 def _lines(file: Path) -> list[dict[str, Any]]:
     """The whole lines of a file that may have been cut while it was written."""
-    text = file.read_text(encoding="utf-8", errors="replace")
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    return [json.loads(line) for line in file.read_bytes().split(b"\n")[:-1]]  # not splitlines: U+2028 is text
 
 
 def _write(rows: list[dict[str, Any]], out: Path) -> None:

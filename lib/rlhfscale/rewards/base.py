@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from torch import nn
 
+from rlhfscale.models import parallel
 from rlhfscale.models.sequences import Sequences
 
 TextFunction = Callable[[list[Any], list[str]], Sequence[float]]
@@ -43,8 +44,12 @@ class TextReward:
 
     def score(self, sequences: Sequences) -> np.ndarray:
         """The function's scores, float32 [sequence]. Raises ValueError unless each sequence has one finite score."""
-        scores = self.function(sequences.asked, sequences.responses)
-        return checked(run_async(scores) if inspect.isawaitable(scores) else scores, len(sequences))
+
+        def ask() -> Any:
+            scores = self.function(sequences.asked, sequences.responses)
+            return run_async(scores) if inspect.isawaitable(scores) else scores
+
+        return asked_once(ask, len(sequences))
 
 
 def as_reward(reward: Reward | TextFunction) -> Reward:
@@ -66,6 +71,25 @@ def as_reward(reward: Reward | TextFunction) -> Reward:
     raise TypeError(
         f"reward: {type(reward).__name__} has no method score(sequences) and is no function fn(prompts, responses)"
     )
+
+
+def asked_once(ask: Callable[[], Any], count: int) -> np.ndarray:
+    """The checked scores of a function that need not give the same ones twice, float32 [count]: of several processes
+    the first one asks, and all have its scores, or its error."""
+    if parallel.size() == 1:
+        return checked(ask(), count)
+    error, content = None, b""
+    if parallel.rank() == 0:
+        try:
+            content = b"+" + checked(ask(), count).tobytes()
+        except Exception as caught:
+            error, content = caught, b"-" + str(caught).encode()
+    content = bytes(parallel.of_first(content))
+    if error is not None:
+        raise error
+    if content[:1] == b"-":
+        raise RuntimeError(f"the first process's reward failed: {content[1:].decode()}")
+    return np.frombuffer(content[1:], np.float32).copy()
 
 
 def run_async(coroutine: Coroutine[Any, Any, Any]) -> Any:

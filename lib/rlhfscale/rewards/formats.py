@@ -35,7 +35,12 @@ def preferences(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> Labelled:
 
     def read(row: Mapping[str, Any]) -> list[tuple[Prompt, str]]:
         chosen, rejected = _of(row, "chosen"), _of(row, "rejected")
-        prompt = _of(row, "prompt") if row.get("prompt") is not None else _shared(chosen, rejected)
+        if chosen == rejected:
+            raise ValueError("chosen and rejected are the same")
+        if row.get("prompt") is None:
+            prompt = _shared(chosen, rejected)
+            return [(prompt, _response(prompt, text[len(prompt) :])) for text in (chosen, rejected)]
+        prompt = _of(row, "prompt")
         return [(prompt, _response(prompt, text)) for text in (chosen, rejected)]
 
     found = [pair for row in _read(rows, read) for pair in row]
@@ -106,7 +111,7 @@ def _rows(rows: Rows) -> Iterable[Mapping[str, Any]]:
         return pd.read_parquet(file).to_dict("records")
     if file.suffix not in (".jsonl", ".json"):
         raise ValueError(f"{file}: its name must end in .jsonl or .parquet")
-    lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [line for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
     return [_json(file, index, line) for index, line in enumerate(lines)]
 
 
@@ -148,14 +153,14 @@ def _shared(chosen: Prompt, rejected: Prompt) -> Prompt:
     shorter = min(len(chosen), len(rejected)) - (0 if isinstance(chosen, str) else 1)
     same = next((i for i in range(shorter) if chosen[i] != rejected[i]), shorter)
     if isinstance(chosen, str):  # a word is not cut in two
-        same = chosen.rfind(" ", 0, same) + 1
+        same = next((i + 1 for i in reversed(range(same)) if chosen[i].isspace()), 0)
     if not same:
         raise ValueError("chosen and rejected do not begin alike; give the prompt")
     return chosen[:same]
 
 
 def _response(prompt: Prompt, whole: Prompt) -> str:
-    """The response of a completion, or of a text or conversation that begins with the prompt."""
+    """The response of a completion; that of a conversation may begin with the prompt's messages."""
     if not isinstance(whole, str):
         if isinstance(prompt, str):
             raise ValueError("the prompt is a text, its completion messages")
@@ -164,7 +169,7 @@ def _response(prompt: Prompt, whole: Prompt) -> str:
         if len(whole) != 1 or whole[0]["role"] != "assistant":
             raise ValueError("after the prompt there must be one message of the assistant")
         return whole[0]["content"]
-    return whole.removeprefix(prompt) if isinstance(prompt, str) else whole
+    return whole
 
 
 def _sequences(tokenizer: PreTrainedTokenizerBase, rows: Sequence[tuple[Prompt, str]]) -> Sequences:

@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 
 from rlhfscale.models.sequences import Sequences
-from rlhfscale.rewards.base import checked, run_async
+from rlhfscale.rewards.base import asked_once, run_async
 
 SingleFunction = Callable[[Any, str], float | Awaitable[float]]
 """``fn(prompt, response)``: the reward of one response, plain or async; prompt and response as in `TextFunction`."""
 
 
 class RewardFailed(RuntimeError):
-    """A call of a reward raised, or took too long. The update that asked for it has changed nothing, and can be
-    repeated; a run with a folder goes on from its checkpoint."""
+    """A call of a reward raised, or took too long. The update that was to learn from it has changed nothing, and can be
+    repeated; a run with a folder goes on from its checkpoint. (Rewards that are only watched are asked after it.)"""
 
 
 class Pooled:
@@ -45,7 +45,7 @@ class Pooled:
         """The scores, float32 [sequence]. Raises RewardFailed, which names the first response that failed."""
         pairs = list(zip(sequences.asked, sequences.responses, strict=True))
         call = self._in_a_loop if inspect.iscoroutinefunction(self.function) else self._in_threads
-        return checked(call(pairs), len(pairs))
+        return asked_once(lambda: call(pairs), len(pairs))
 
     def _in_a_loop(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
         async def all_of_them() -> list[float]:
@@ -67,7 +67,7 @@ class Pooled:
     def _in_threads(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
         """Daemon threads: one that never returns keeps neither the run nor the interpreter from ending."""
         todo: queue.SimpleQueue[int] = queue.SimpleQueue()
-        done: queue.SimpleQueue[tuple[int, Any, Exception | None]] = queue.SimpleQueue()
+        done: queue.SimpleQueue[tuple[int, Any, BaseException | None]] = queue.SimpleQueue()
         started: dict[int, float] = {}
         for index in range(len(pairs)):
             todo.put(index)
@@ -80,18 +80,19 @@ class Pooled:
                     return
                 started[index] = time.monotonic()
                 try:
-                    done.put((index, self.function(*pairs[index]), None))
-                except Exception as error:
+                    value = self.function(*pairs[index])
+                    done.put((index, run_async(value) if inspect.isawaitable(value) else value, None))
+                except BaseException as error:  # a thread's SystemExit would be a silent end
                     done.put((index, None, error))
 
         for _ in range(min(self.workers, len(pairs))):
             threading.Thread(target=work, daemon=True).start()
         found: dict[int, float] = {}
         while len(found) < len(pairs):
+            self._check_times(todo, started, found)
             try:
                 index, value, error = done.get(timeout=min(0.05, self.timeout_s))
             except queue.Empty:
-                self._check_times(todo, started, found)
                 continue
             if error is not None:
                 _drain(todo)
@@ -110,7 +111,7 @@ class Pooled:
         return RewardFailed(f"reward of response {index}: no answer within timeout_s={self.timeout_s:g} seconds")
 
 
-def _failed(index: int, error: Exception) -> RewardFailed:
+def _failed(index: int, error: BaseException) -> RewardFailed:
     return RewardFailed(f"reward of response {index}: {type(error).__name__}: {error}")
 
 

@@ -67,8 +67,8 @@ def _groups(rewards: torch.Tensor, group_size: int) -> torch.Tensor:
 
 
 def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean over the marked tokens of the whole batch, a scalar."""
-    return (x * mask).sum() / mask.sum()
+    """Mean over the marked tokens of the whole batch, a scalar; 0 where none is marked."""
+    return (x * mask).sum() / mask.sum().clamp(min=1)
 
 
 def whiten(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -11,12 +11,20 @@ import numpy as np
 import pandas as pd
 
 from rlhfscale.models import parallel
-from rlhfscale.models.sequences import Sequences
+from rlhfscale.models.sequences import Encoded, Sequences
 from rlhfscale.rewards.base import Reward, TextFunction, as_reward, scored
+from rlhfscale.rewards.shared import SharedReward, check_conversations
 from rlhfscale.rl.kl import sequence_kl
 from rlhfscale.rl.rollout import Rollouts
 
 METRICS, COMPLETIONS = "metrics.csv", "completions"
+RESERVED = {
+    "update", "prompt", "response", "score", "advantage", "proxy", "proxy_std", "kl_nats", "kl_coefficient",
+    "response_tokens", "finished", "entropy_nats", "sampler_gap_nats", "sampler_gap_mean_nats", "sampler_ratio",
+    "ratio_kl_nats", "clip_fraction", "steps", "policy_loss", "policy_grad_norm", "value_loss", "critic_grad_norm",
+    "explained_variance", "replaced_groups",
+}  # fmt: skip
+"""Names of metrics and of columns, which a reward that is watched cannot have."""
 LOGGERS = {"tensorboard": "torch.utils.tensorboard", "trackio": "trackio", "wandb": "wandb"}
 """Loggers by the name that ``log_to`` takes, with the module that each needs."""
 
@@ -56,9 +64,8 @@ class Recorder:
             library.init(project="rlhfscale", name=folder.name if folder else name, config=dict(config))
             self._log, self._close = lambda tag, value, step: library.log({tag: value}, step=step), library.finish
 
-    def add(self, record: dict[str, Any]) -> None:
-        """Keep an update's metrics, and log its numbers."""
-        self.records.append(record)
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Give an update's numbers to the logger."""
         for name, value in record.items():
             if self._log and name != "update":
                 self._log(f"{self.name}/{name}", value, record["update"])
@@ -117,8 +124,6 @@ class Watched:
         completions_every: int,
         folder: Path | None,
     ):
-        if eval_every < 1:
-            raise ValueError(f"eval_every: {eval_every} is not at least 1")
         if completions_every < 0:
             raise ValueError(
                 f"log_completions: {completions_every} is below 0; give updates from one table to the next"
@@ -127,8 +132,21 @@ class Watched:
             raise ValueError("log_completions: needs a folder to write to")
         if completions_every and importlib.util.find_spec("pyarrow") is None:
             raise ImportError("log_completions: tables are Parquet; pip install pyarrow")
+        if taken := sorted(RESERVED & rewards.keys()):
+            raise ValueError(f"watch: {', '.join(taken)} is a metric or a column already; choose another name")
         self.rewards = {name: as_reward(reward) for name, reward in rewards.items()}
         self.held_out, self.eval_every, self.completions_every = held_out, eval_every, completions_every
+
+    def check(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Raise ValueError for a reward that cannot be watched, or that refuses a conversation."""
+        for name, reward in self.rewards.items():
+            if isinstance(reward, SharedReward):
+                raise ValueError(
+                    f"watch: {name} is a SharedReward, which is read on a trainer's base; take OutcomeRewardModel"
+                )
+            check_conversations(
+                reward, [ids.messages for ids in (*prompts, *self.held_out) if isinstance(ids, Encoded)]
+            )
 
     def scores(self, sequences: Sequences) -> dict[str, np.ndarray]:
         """The scores of each reward, float32 [sequence]."""

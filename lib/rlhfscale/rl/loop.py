@@ -66,6 +66,7 @@ class Trainer(OuterLoop):
         loading.check_tokenizer(tokenizer, model)
         self.tokenizer, self.reward, self.sampler = tokenizer, as_reward(reward), sampler
         self.seed, self.num_updates, self.num_replacements = seed, 0, 0
+        self.records: list[dict[str, Any]] = []  # of the updates so far
         self.rollouts: Rollouts | None = None  # of the last update
         self.talks: dict[tuple[int, ...], Conversation] = {}  # of its prompts, by their ids
         self.prompts_hash: str | None = None  # of the prompts of `train`; a function's are not known beforehand
@@ -123,16 +124,14 @@ class Trainer(OuterLoop):
         config, prompts = self.config, list(prompts)
         if len(prompts) != config.prompts_per_update:
             raise ValueError(f"prompts: {len(prompts)} given, prompts_per_update is {config.prompts_per_update}")
-        self.talks = {}
-        (rollouts, completions), replaced = self.collect(prompts), {}
-        if rounds := getattr(config, "dynamic_sampling", 0):
-            options = {"group_size": config.responses_per_prompt, "rounds": rounds}
-            (rollouts, completions), count = dynamic.replaced(
-                (rollouts, completions), self.collect, more or _no_more, **options
-            )
-            replaced = {"replaced_groups": count}
-        rollouts, evaluated = self.evaluate(rollouts)
-        self.check_sampler(rollouts)
+        before = self.num_replacements
+        try:
+            rollouts, completions, replaced = self.gather(prompts, more)
+            rollouts, evaluated = self.evaluate(rollouts)
+            self.check_sampler(rollouts)
+        except BaseException:
+            self.num_replacements = before  # the same update can be asked for again
+            raise
         rollouts = self.corrected(self.estimate_advantages(rollouts))
 
         self.learner.set_rates(self.num_updates)
@@ -153,6 +152,19 @@ class Trainer(OuterLoop):
         self.rollouts = rollouts
         return metrics, completions
 
+    def gather(
+        self, prompts: Sequence[Prompt], more: Callable[[int], Sequence[Prompt]] | None
+    ) -> tuple[Rollouts, Completions, dict[str, float]]:
+        """The responses that an update learns from, after dynamic sampling where it is on, and what to log of that."""
+        self.talks = {}
+        batch = self.collect(prompts)
+        rounds = getattr(self.config, "dynamic_sampling", 0)
+        if not rounds:
+            return *batch, {}
+        options = {"group_size": self.config.responses_per_prompt, "rounds": rounds}
+        batch, count = dynamic.replaced(batch, self.collect, more or _no_more, **options)
+        return *batch, {"replaced_groups": count}
+
     @torch.no_grad()
     def collect(self, prompts: Iterable[Prompt], draw: int = 0) -> tuple[Rollouts, Completions]:
         """Sample and score responses; those to one prompt stand in a row. Each ``draw`` of an update has own seeds.
@@ -168,6 +180,7 @@ class Trainer(OuterLoop):
         """
         config = self.config
         encoded = rollout.encode(self.tokenizer, prompts)
+        self.check_prompts(encoded)
         self.talks |= {tuple(ids): ids.messages for ids in encoded if isinstance(ids, Encoded)}
         stream = (self.seed, 1, self.num_updates, draw) if draw else (self.seed, 1, self.num_updates)
         sequences, completions = self._sampled(
@@ -185,7 +198,6 @@ class Trainer(OuterLoop):
 
     def _sampled(self, prompts: list[list[int]], stream: tuple[int, ...]) -> tuple[Sequences, Completions]:
         """A response of the policy to each prompt, joined with it; ``stream`` decides the draws."""
-        self.check_prompts(prompts)
         config = self.config
         options = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature}
         if hasattr(self.sampler, "push"):

@@ -2,7 +2,7 @@
 
 | metric | meaning | unit |
 |---|---|---|
-| proxy | mean reward of a response, less the penalty for a missing end | score |
+| proxy | mean reward of a response, less the penalties for a missing end and for length | score |
 | proxy_std | standard deviation of the reward over the update's responses | score |
 | kl_nats | KL(policy || reference), k1, summed over a response, mean over responses | nats |
 | kl_coefficient | beta, the price of a nat | score / nat |

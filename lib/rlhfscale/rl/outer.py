@@ -12,6 +12,7 @@ from tqdm import tqdm
 from rlhfscale.models import parallel
 from rlhfscale.models.sequences import Conversation
 from rlhfscale.rewards.base import Reward, TextFunction, as_reward, scored
+from rlhfscale.rewards.scorer import at_least_one
 from rlhfscale.rl import learner, logs, rollout
 from rlhfscale.rl.config import Config
 from rlhfscale.rl.prompts import Shuffled
@@ -37,6 +38,7 @@ class OuterLoop:
     num_updates: int
     num_replacements: int
     kl_coefficient: float
+    records: list[dict[str, Any]]
     rollouts: Rollouts | None
     talks: dict[tuple[int, ...], Conversation]
     prompts_hash: str | None
@@ -68,7 +70,7 @@ class OuterLoop:
             log_completions: every so many updates, write `logs.completions_table` to completions/ in the folder.
             log_to: "tensorboard", "trackio" or "wandb": give the metrics to that library's logger, too.
             progress: show a progress bar.
-            on_update: called after each update with its index, metrics and responses; what it returns is logged too.
+            on_update: called after each update with its index, row and responses; what it returns is logged too.
 
         Returns:
             one row of metrics for each update (see `rl.metrics`).
@@ -81,25 +83,39 @@ class OuterLoop:
         source, more = self._source(prompts)
         held_out = rollout.encode(self.tokenizer, eval_prompts)
         self.check_prompts(held_out)
+        at_least_one(checkpoint_every=checkpoint_every, eval_every=eval_every)
         watched = logs.Watched(watch or {}, held_out, eval_every, log_completions, folder)
+        watched.check(source.prompts if isinstance(source, Shuffled) else held_out)
         logs.check_logger(log_to, folder)
-        records = self._resume(folder) if folder else []
+        self.records = self._resume(folder) if folder else []
         parallel.barrier()  # nobody writes before all have read
-        recorder = logs.Recorder(folder, records, log_to, self.algorithm, self.config.model_dump(mode="json"))
-        left, hidden = range(self.num_updates, num_updates), not progress or parallel.rank() > 0
-        bar = tqdm(left, disable=hidden, desc=self.algorithm, unit="update")
-        for update in bar:
-            last = update + 1 == num_updates
-            metrics, completions = self.update(source(update), more)
-            metrics |= self._looked_at(update, watched, recorder, last)
-            recorder.add({"update": update} | metrics | ((on_update and on_update(update, metrics, completions)) or {}))
-            bar.set_postfix(proxy=f"{metrics['proxy']:.3f}", kl=f"{metrics['kl_nats']:.2f}")
-            if folder and parallel.rank() == 0 and ((update + 1) % checkpoint_every == 0 or last):
-                recorder.write_metrics()  # before the checkpoint: rows that are ahead of it are dropped
-                self.save(folder / CHECKPOINT)
+        recorder = logs.Recorder(folder, self.records, log_to, self.algorithm, self.config.model_dump(mode="json"))
+        bar = self._bar(num_updates, progress)
+        try:
+            for update in bar:
+                self._train_update(update, num_updates, source, more, watched, recorder, on_update)
+                bar.set_postfix({name: f"{self.records[-1][name]:.3f}" for name in ("proxy", "kl_nats")})
+                last = update + 1 == num_updates
+                if folder and parallel.rank() == 0 and ((update + 1) % checkpoint_every == 0 or last):
+                    recorder.write_metrics()  # before the checkpoint: rows that are ahead of it are dropped
+                    self.save(folder / CHECKPOINT)
+        finally:
+            recorder.close()
         parallel.barrier()
-        recorder.close()
-        return pd.DataFrame(recorder.records)
+        return pd.DataFrame(self.records)
+
+    def _bar(self, num_updates: int, shown: bool) -> tqdm:
+        left = range(self.num_updates, num_updates)
+        return tqdm(left, disable=not shown or parallel.rank() > 0, desc=self.algorithm, unit="update")
+
+    def _train_update(self, update, num_updates, source, more, watched, recorder, on_update) -> None:
+        """One update, and its row: kept as soon as the weights have moved, and logged when it is whole."""
+        metrics, completions = self.update(source(update), more)
+        record = {"update": update} | metrics
+        self.records.append(record)
+        record |= self._looked_at(update, watched, recorder, update + 1 == num_updates)
+        record |= (on_update and on_update(update, record, completions)) or {}
+        recorder.log(record)
 
     def _looked_at(self, update: int, watched: logs.Watched, recorder: logs.Recorder, last: bool) -> dict[str, float]:
         """The means of the rewards that are not trained on, and the held-out set's where it is due; writes the table of
@@ -121,6 +137,7 @@ class OuterLoop:
         """Answer held-out prompts once each, at the training temperature, and return the means of the rewards, of the
         responses' lengths and of their ends, with the prefix eval_."""
         encoded = rollout.encode(self.tokenizer, prompts)
+        self.check_prompts(encoded)
         sequences, completions = self._sampled(encoded, (self.seed, 4, self.num_updates))
         rewards = {"proxy": self.reward} | {name: as_reward(reward) for name, reward in (watched or {}).items()}
         found = {name: scored(reward, sequences) for name, reward in rewards.items()}
@@ -149,8 +166,8 @@ class OuterLoop:
 
     def _resume(self, folder: Path) -> list[dict[str, float]]:
         folder.mkdir(parents=True, exist_ok=True)
-        if not learner.spread(folder / CHECKPOINT):
-            return []
+        if not learner.spread(folder / CHECKPOINT):  # this very run may have failed before its first one
+            return [record for record in self.records if record["update"] < self.num_updates]
         self.load(folder / CHECKPOINT)
         return logs.read_metrics(folder, self.num_updates)
 
@@ -165,8 +182,6 @@ class OuterLoop:
 
     def _shuffled(self, given: Iterable[Prompt]) -> Shuffled:
         """The prompts in random order. Raises ValueError for no prompt, or one that cannot be used."""
-        if isinstance(given, str):
-            raise ValueError("prompts: one text; give a list of texts")
         prompts = rollout.encode(self.tokenizer, given)
         if len(prompts) == 0:
             raise ValueError("prompts: none given")

@@ -25,7 +25,7 @@ class Rollouts:
         lengths: int64 [batch], tokens of prompt and response together.
         mask: bool [batch, response], the response tokens, end-of-sequence included.
         finished: bool [batch], whether the response ended by end-of-sequence.
-        scores: float32 [batch], the reward of the whole response, less the penalty for a missing end.
+        scores: float32 [batch], the reward of the whole response, less the penalties for a missing end and for length.
         sampler_logprobs: float32, the sampler's log-probabilities; a diagnostic only.
         logprobs: float32, log-probabilities under the policy that sampled, computed by the trainer at the temperature.
         ref_logprobs: float32, log-probabilities under the reference.

@@ -18,6 +18,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[Prompt]) -> lis
 
     Raises ValueError for a prompt with half of a surrogate pair, which no tokenizer takes (names the prompt).
     """
+    if isinstance(prompts, str):
+        raise ValueError("prompts: one text; give a list of texts")
     encoded = []
     for index, prompt in enumerate(prompts):
         try:

@@ -118,7 +118,7 @@ def knowledge_is_there(coverage: Mapping[str, Interval], num_samples: int) -> li
 def seeds_agree(gains: Mapping[str, np.ndarray]) -> list[Condition]:
     """``gains``: by rung, the gain in sampled accuracy of each seed, float64 [seed]."""
     ratios = {rung: float(values.std(ddof=1) / values.mean()) for rung, values in gains.items()}
-    worst = max(ratios, key=ratios.get)
+    worst = max(ratios, key=lambda rung: (not 0 <= ratios[rung] <= 0.2, abs(ratios[rung])))
     what = "standard deviation over seeds of the gain, as a share of the gain: the largest of all rungs"
     bad = [ratio for ratio in ratios.values() if not 0 <= ratio <= 0.2]
     return [Condition("g", what, f"{ratios[worst]:.3f} ({worst})", "<= 0.2", not bad)]
