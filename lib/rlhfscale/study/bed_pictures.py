@@ -134,7 +134,7 @@ def _draw_over_optimisation(axis: Axes, summary: pd.DataFrame) -> None:
     handles = [line for one in (axis, proxy) for line in one.get_legend_handles_labels()[0]]
     for one in (axis, proxy):
         style.add_headroom(one, 0.25)
-    axis.legend(handles, ["accuracy", "reward model's score"], loc="upper center", ncols=2, columnspacing=1.0)
+    axis.legend(handles, ["accuracy", "score"], loc="upper center", ncols=2, columnspacing=1.0)
 
 
 @style.styled
