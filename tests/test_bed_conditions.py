@@ -52,15 +52,12 @@ def test_ppo_must_gain_on_five_rungs():
 
 
 def test_reward_models_must_span_a_range():
-    labels = {100: interval(0.55), 1000: interval(0.8)}
-    rungs = {"small": interval(0.8), "large": interval(0.91)}
-    assert met(conditions.reward_models_range(labels, rungs, interval(0.11))) == [True] * 3
-    assert met(conditions.reward_models_range({100: interval(0.65)}, rungs, interval(0.11))) == [False, True, True]
-    assert met(conditions.reward_models_range(labels, {"large": interval(0.89)}, interval(0.07))) == [
-        True,
-        False,
-        False,
-    ]
+    few, some = {("r", 100): interval(0.55)}, {("small", 1000): interval(0.8), ("r", 1000): interval(0.8)}
+    best = {("large", 1000): interval(0.91)}
+    assert met(conditions.reward_models_range(few | some | best, "r", interval(0.11))) == [True] * 3
+    many = {("r", 100): interval(0.65)} | some | best
+    assert met(conditions.reward_models_range(many, "r", interval(0.11))) == [False, True, True]
+    assert met(conditions.reward_models_range(few | some, "r", interval(0.07))) == [True, False, False]
 
 
 def curves(*means):

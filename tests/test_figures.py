@@ -78,7 +78,8 @@ def test_figures_share_their_nodes():
         new[name] = _nodes(name).keys() - known.keys()
         known |= _nodes(name)
     kinds = {name: {known[key].stage for key in keys} for name, keys in new.items()}
-    assert kinds.pop("02_reward_model_size") == {"policy", "samples", "scores"}  # no model of the ladder, no labels
+    # no model of the ladder, no labels: the test bed compares the rungs with half of them
+    assert kinds.pop("02_reward_model_size") == {"reward_model", "policy", "samples", "scores"}
     assert all(kind == {"policy", "samples"} for kind in kinds.values())
     assert sum(known[key].cost_s for keys in new.values() for key in keys) < 60 * 60
     assert not any(known[key].algorithm == "ppo" for key in new["09_algorithms"] if known[key].stage == "policy")
@@ -164,7 +165,8 @@ def test_figures_use_neither_the_seed_nor_the_prompts_the_settings_were_chosen_o
         ("best_of_n", {"reference_rung": "55k"}, ["reference_rung", "55k"]),
         ("best_of_n", {"num_samples": 2.5}, ["num_samples"]),
         ("best_of_n", {"num_sample": 8}, ["num_sample", "did you mean num_samples"]),
-        ("test_bed", {"data_prompts": [10_000]}, ["data_prompts", "reward_prompts"]),
+        ("test_bed", {"data_prompts": [10_000]}, ["data_prompts", "size_prompts"]),
+        ("test_bed", {"size_prompts": 321}, ["size_prompts", "321", "reward_prompts = 320"]),
         ("test_bed", {"reference_rung": "980k"}, ["reference_rung", "980k"]),
         ("test_bed", {"policy_rungs": ["14k", "25k", "55k"]}, ["policy_rungs", "at least 4"]),
         ("test_bed", {"temperatures": [0.5, 1.0]}, ["temperatures", "1.0"]),

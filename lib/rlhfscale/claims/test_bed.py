@@ -55,7 +55,8 @@ class Params(StudyFigure):
     temperatures: tuple[float, ...] = field(role="scientific", doc="of SFT models, beside greedy decoding and 1")
     reward_model_rungs: tuple[str, ...] = field(role="scientific", min_length=2, doc="rungs of the reward models")
     reference_rung: str = field(role="fixed", doc="reward model that PPO is run with, and whose data are varied")
-    data_prompts: tuple[int, ...] = field(role="scientific", min_length=1, doc="labelled prompts below the recipe's")
+    size_prompts: int = field(role="fixed", doc="labelled prompts with which reward-model rungs are compared")
+    data_prompts: tuple[int, ...] = field(role="scientific", min_length=1, doc="labelled prompts below that")
     studied_rung: str = field(role="fixed", doc="policy of best-of-N, of the weak KL penalty and of crossed seeds")
     many_rungs: tuple[str, ...] = field(role="scientific", min_length=1, doc="SFT models whose pass@k is measured")
     many_prompts: int = field(role="fixed", ge=2, doc="held-out prompts of best-of-N and pass@k")
@@ -70,9 +71,11 @@ class Params(StudyFigure):
             self.settings.check_rungs(name, getattr(self, name))
         if bad := [temperature for temperature in self.temperatures if not 0 < temperature < 1]:
             raise ValueError(f"temperatures: {bad} must be between 0 and 1, which are measured anyway")
-        limit = self.settings.reward_prompts
-        if bad := [count for count in self.data_prompts if not 1 <= count < limit]:
-            raise ValueError(f"data_prompts: {bad} must be from 1 to below the recipe's reward_prompts = {limit}")
+        if self.size_prompts > self.settings.reward_prompts:
+            limit = self.settings.reward_prompts
+            raise ValueError(f"size_prompts: {self.size_prompts} is above the recipe's reward_prompts = {limit}")
+        if bad := [count for count in self.data_prompts if not 1 <= count < self.size_prompts]:
+            raise ValueError(f"data_prompts: {bad} must be from 1 to below size_prompts = {self.size_prompts}")
         for name, among in (
             ("reference_rung", "reward_model_rungs"), ("studied_rung", "many_rungs"), ("weak_prompts", "data_prompts")
         ):  # fmt: skip
@@ -93,15 +96,19 @@ class Params(StudyFigure):
         """The pretraining seeds of a rung that its runs start from."""
         return range(1, 1 + self.settings.count_bases(rung))
 
+    @property
+    def labels(self) -> tuple[int, ...]:
+        """Labelled prompts of the reference reward model, fewest first; the last are the recipe's."""
+        return (*dict.fromkeys((*self.data_prompts, self.size_prompts, self.settings.reward_prompts)),)
+
     def reward_models(self) -> dict[tuple[str, int, int], specs.RewardModel]:
-        """By rung, number of labelled prompts and seed."""
-        full = self.settings.reward_prompts
-        cells = [
-            *((rung, full) for rung in self.reward_model_rungs),
-            *((self.reference_rung, n) for n in self.data_prompts),
-        ]
+        """By rung, number of labelled prompts and seed. Those with fewer take the first of ``size_prompts``."""
+        cells = [*((rung, self.size_prompts) for rung in self.reward_model_rungs)]
+        cells += [(self.reference_rung, count) for count in self.labels if count != self.size_prompts]
         return {
-            (rung, count, seed): self.settings.reward_model(rung, seed, num_prompts=count)
+            (rung, count, seed): self.settings.reward_model(
+                rung, seed, num_prompts=count, labelled_prompts=max(count, self.size_prompts)
+            )
             for (rung, count), seed in product(cells, self.seeds)
         }
 
@@ -119,17 +126,17 @@ class Params(StudyFigure):
 
     def chosen(self) -> dict[tuple[str, int], specs.Scores]:
         """Scores that best-of-N chooses by, of the reference and of the smallest reward model, by rung and seed."""
-        rungs = dict.fromkeys((self.reference_rung, self.reward_model_rungs[0]))
-        many, recipe = self.many(self.studied_rung), self.settings
+        found, many = self.reward_models(), self.many(self.studied_rung)
+        models = {self.reward_model_rungs[0]: self.size_prompts, self.reference_rung: self.labels[-1]}
         return {
-            (rung, seed): recipe.scores(many, recipe.reward_model(rung, seed))
-            for rung, seed in product(rungs, self.seeds)
+            (rung, seed): self.settings.scores(many, found[rung, count, seed])
+            for (rung, count), seed in product(models.items(), self.seeds)
         }
 
     def weakly_held(self, seed: int) -> specs.Policy:
         """A policy with a weak KL penalty, many updates, and a reward model of few labels."""
         policy = self.settings.policy(self.studied_rung, self.reference_rung, seed)
-        reward_model = policy.reward_model.changed(num_prompts=self.weak_prompts)
+        reward_model = self.reward_models()[self.reference_rung, self.weak_prompts, seed]
         return policy.changed(reward_model=reward_model, kl_coefficient=self.weak_kl, num_updates=self.weak_updates)
 
     def crossed(self) -> dict[tuple[int, int], tuple[specs.Samples, specs.Samples]]:
@@ -262,13 +269,10 @@ def _reward_models(book: _Book) -> list[Condition]:
         intervals[rung, labelled] = nested_bootstrap(np.array(values), np.mean, rng=new_rng(), on="means")
         about = {"rung": rung, "num_params": num_params(rung), "labelled_prompts": labelled}
         book.summary.append(summary_row("pair_accuracy", intervals[rung, labelled], **about))
-    full = P.settings.reward_prompts
-    ends = np.array([found[P.reward_model_rungs[place], full] for place in (0, -1)])
+    ends = np.array([found[P.reward_model_rungs[place], P.size_prompts] for place in (0, -1)])
     rise = nested_bootstrap(ends, lambda m: m[1] - m[0], rng=new_rng(), on="means")
     book.summary.append(summary_row("pair_accuracy_rise", rise))
-    by_labels = {labelled: each for (rung, labelled), each in intervals.items() if rung == P.reference_rung}
-    by_rung = {rung: intervals[rung, full] for rung in P.reward_model_rungs}
-    return conditions.reward_models_range(by_labels, by_rung, rise)
+    return conditions.reward_models_range(intervals, P.reference_rung, rise)
 
 
 def _choosing(book: _Book) -> list[Condition]:

@@ -85,7 +85,7 @@ def _draw_reward_models(
 ) -> None:
     rows = style.select(summary, "pair_accuracy")
     dots = runs[runs["metric"] == "pair_accuracy"]
-    full = rows["labelled_prompts"].max()
+    full = rows["labelled_prompts"].mode()[0]  # the number that all rungs have
     top, top_dots = rows[rows["labelled_prompts"] == full], dots[dots["labelled_prompts"] == full]
     style.draw_estimates(by_size, top, "num_params", color="0.35", marker="")
     for rung in top["rung"]:

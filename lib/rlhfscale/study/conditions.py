@@ -74,16 +74,16 @@ def ppo_gains(gains: Mapping[str, Mapping[str, Interval]]) -> list[Condition]:
     return found
 
 
-def reward_models_range(
-    by_labels: Mapping[int, Interval], by_rung: Mapping[str, Interval], rise: Interval
-) -> list[Condition]:
-    """Accuracy within a prompt, by the number of labelled prompts and by rung; ``rise`` from the first to the last."""
-    fewest, accuracy = min(by_labels), "accuracy within a prompt"
-    name, best = max(by_rung.items(), key=lambda each: each[1].estimate)
-    low, high = by_labels[fewest].estimate, best.estimate
+def reward_models_range(found: Mapping[tuple[str, int], Interval], reference: str, rise: Interval) -> list[Condition]:
+    """``found``: accuracy within a prompt, by rung and number of labelled prompts; ``rise`` from the smallest rung to
+    the largest."""
+    fewest, accuracy = min(labels for rung, labels in found if rung == reference), "accuracy within a prompt"
+    few = found[reference, fewest]
+    (rung, labels), best = max(found.items(), key=lambda each: each[1].estimate)
+    which = f"{accuracy}, best reward model ({rung}, {labels:,} labelled prompts)"
     return [
-        Condition("d", f"{accuracy}, {fewest:,} labelled prompts", shown(by_labels[fewest]), "<= 0.6", low <= 0.6),
-        Condition("d", f"{accuracy}, best reward model ({name})", shown(best), ">= 0.9", high >= 0.9),
+        Condition("d", f"{accuracy}, {fewest:,} labelled prompts", shown(few), "<= 0.6", few.estimate <= 0.6),
+        Condition("d", which, shown(best), ">= 0.9", best.estimate >= 0.9),
         Condition("d", f"{accuracy}, smallest to largest rung", shown(rise), ">= 0.08", rise.estimate >= 0.08),
     ]
 
