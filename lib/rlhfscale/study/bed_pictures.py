@@ -149,7 +149,8 @@ def draw_habits(summary: pd.DataFrame) -> Figure:
         "Share of steps that follow the right rule, among those that follow the right or the wrong one, "
         "before (grey) and after PPO (blue). Ticks: share of the demonstrators who follow the right rule. "
     ) + style.interval_caption(rows, "")
-    order = rows[rows["stage"] == "sft"].sort_values("demonstrators", ascending=False)["operation"].tolist()
+    order = rows[rows["stage"] == "sft"].sort_values(["demonstrators", "operation"], ascending=[False, True])
+    order = order["operation"].tolist()  # whatever the order of the table's rows
     figure, axis, legend = style.new_figure(1, 1, 0.18 * len(order) + 0.9, caption)
     place = {name: len(order) - index for index, name in enumerate(order)}
     for stage, color, marker in (("sft", BEFORE, "o"), ("ppo", AFTER, "s")):
